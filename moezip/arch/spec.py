@@ -1,0 +1,241 @@
+"""What moezip knows about a model family, as data."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from moezip.errors import ArchitectureError
+
+ExpertRole = Literal["gate", "up", "down", "gate_up", "gate_up_bias", "down_bias"]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertTensor:
+    """One kind of expert tensor on disk.
+
+    Attributes:
+        role: what it is; ``gate_up`` where gate and up share one tensor.
+        template: its name, with ``{layer}`` and, where each expert has a tensor of its own, ``{expert}``.
+        transposed: stored [in, out] per expert instead of the canonical [out, in].
+        interleaved: for ``gate_up``: output channels alternate gate, up, gate, up, ... instead of all gate
+            channels, then all up channels.
+    """
+
+    role: ExpertRole
+    template: str
+    transposed: bool = False
+    interleaved: bool = False
+
+    @property
+    def fused(self) -> bool:
+        """All experts of the layer sit in one tensor, along axis 0."""
+        return "{expert}" not in self.template
+
+
+@dataclass(frozen=True, slots=True)
+class RouterTensor:
+    """A tensor with one entry per expert that must follow the experts (router row, selection bias, ...)."""
+
+    template: str
+    axis: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What one tensor name of a checkpoint is.
+
+    Attributes:
+        kind: ``expert`` (one expert's own tensor), ``fused`` (all experts of a layer), ``router`` (one entry per
+            expert), ``extra`` (multi-token prediction) or ``other``.
+        layer: decoder layer, None for ``other`` and ``extra``.
+        expert: for ``expert`` only.
+        tensor: the table's entry that claimed it.
+        suffix: what follows the templated name: the pieces of a stored quantization
+            (``_scale_inv``, ``_blocks``, ``_scales``), else empty.
+    """
+
+    kind: Literal["expert", "fused", "router", "extra", "other"]
+    layer: int | None = None
+    expert: int | None = None
+    tensor: ExpertTensor | RouterTensor | None = None
+    suffix: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFacts:
+    """All that a method may know of one MoE layer.
+
+    Attributes:
+        layer: its index among the decoder layers.
+        experts: routed experts E.
+        top_k: experts per token k.
+        hidden: D. width: F, the experts' inner size.
+        groups: number of router groups (1 where the router has none).
+        top_groups: groups that a token may use.
+        group_rank: how many of a group's experts make its score (2 in DeepSeek-V3, which adds the two best).
+        shared: number of shared experts' worth of width, 0 where there are none (for reports).
+    """
+
+    layer: int
+    experts: int
+    top_k: int
+    hidden: int
+    width: int
+    groups: int = 1
+    top_groups: int = 1
+    group_rank: int = 1
+    shared: int = 0
+
+
+# Pieces that a stored quantization hangs on a tensor's name (DeepSeek fp8 blocks; gpt-oss mxfp4).
+STORED_SUFFIXES = ("_scale_inv", "_blocks", "_scales")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One model family. One entry of ``moezip.arch.families`` = one architecture, and nothing else to edit.
+
+    Attributes:
+        name: the ``model_type`` of its config.
+        experts: the expert tensors on disk, plain form.
+        router: tensors with one entry per expert; the first is the router's weight.
+        count_keys: config keys that hold the number of experts; every one is written, and those present must agree.
+        top_k_key: config key of the number of experts per token.
+        width_key: config key of the experts' inner size F.
+        moe_layers: which decoder layers have experts; a function of the config, in ascending order.
+        block: name of the MoE block inside a decoder layer, in memory.
+        experts_module, router_module: names inside the block, in memory.
+        norm: name, inside the decoder layer, of the norm that feeds the block. The input of that norm is the
+            residual stream h of EASY-EP.
+        residual_scale_key: config key of a factor on the block's output as it joins the residual stream.
+        layers: name of the list of decoder layers, in memory and on disk.
+        layers_key: config key of the number of decoder layers.
+        hidden_key: config key of D.
+        scoring: how logits become scores, for reports only; routing itself is always the model's own.
+        group_keys: config keys of (number of groups, groups kept per token), empty without groups.
+        group_rank: see LayerFacts.
+        shared_key: config key that says how many shared experts (or how wide), for reports.
+        extra_prefixes: name prefixes of multi-token-prediction layers, ``{layers}`` = number of decoder layers.
+        extra_count_keys: config keys that count those layers; 0 once they are dropped.
+        config_defaults: values for keys that old configs leave out.
+        notes: limits worth saying in the table.
+    """
+
+    name: str
+    experts: tuple[ExpertTensor, ...]
+    router: tuple[RouterTensor, ...]
+    count_keys: tuple[str, ...]
+    moe_layers: Callable[[Mapping[str, Any]], list[int]]
+    top_k_key: str = "num_experts_per_tok"
+    width_key: str = "moe_intermediate_size"
+    block: str = "mlp"
+    experts_module: str = "experts"
+    router_module: str = "gate"
+    norm: str = "post_attention_layernorm"
+    residual_scale_key: str | None = None
+    layers: str = "model.layers"
+    layers_key: str = "num_hidden_layers"
+    hidden_key: str = "hidden_size"
+    scoring: str = "softmax"
+    group_keys: tuple[str, str] | tuple[()] = ()
+    group_rank: int = 1
+    shared_key: str | None = None
+    extra_prefixes: tuple[str, ...] = ()
+    extra_count_keys: tuple[str, ...] = ()
+    config_defaults: Mapping[str, Any] | None = None
+    notes: str = ""
+
+    # -- config ---------------------------------------------------------------------------------------------
+
+    def value(self, config: Mapping[str, Any], key: str) -> Any:
+        """A config value, or the family's default for it. Raises ArchitectureError if there is neither."""
+        if config.get(key) is not None:
+            return config[key]
+        if self.config_defaults and key in self.config_defaults:
+            return self.config_defaults[key]
+        raise ArchitectureError(
+            f"config.json of a {self.name} model has no {key!r}", next="use the config.json that came with the weights"
+        )
+
+    def expert_count(self, config: Mapping[str, Any]) -> int:
+        """E. Raises ArchitectureError where two count keys disagree or none is there."""
+        found = {key: int(config[key]) for key in self.count_keys if config.get(key) is not None}
+        if not found and self.config_defaults:
+            found = {key: int(value) for key, value in self.config_defaults.items() if key in self.count_keys}
+        if not found:
+            raise ArchitectureError(
+                f"config.json has none of {', '.join(self.count_keys)}, so the number of experts is unknown",
+                next="use the config.json that came with the weights",
+            )
+        if len(set(found.values())) > 1:
+            listed = ", ".join(f"{key} = {value}" for key, value in found.items())
+            raise ArchitectureError(
+                f"config.json gives two different numbers of experts: {listed}",
+                next="loaders would take one of them at random; correct the file",
+            )
+        return next(iter(found.values()))
+
+    def layer_facts(self, config: Mapping[str, Any]) -> list[LayerFacts]:
+        """One LayerFacts per MoE layer, ascending."""
+        groups, top_groups = 1, 1
+        if self.group_keys:
+            groups = int(config.get(self.group_keys[0]) or 1)
+            top_groups = int(config.get(self.group_keys[1]) or 1)
+        return [
+            LayerFacts(
+                layer=layer,
+                experts=self.expert_count(config),
+                top_k=int(self.value(config, self.top_k_key)),
+                hidden=int(self.value(config, self.hidden_key)),
+                width=int(self.value(config, self.width_key)),
+                groups=groups,
+                top_groups=top_groups,
+                group_rank=self.group_rank if groups > 1 else 1,
+                shared=int(config.get(self.shared_key) or 0) if self.shared_key else 0,
+            )
+            for layer in self.moe_layers(config)
+        ]
+
+    # -- names ----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _patterns(self) -> list[tuple[re.Pattern[str], ExpertTensor | RouterTensor]]:
+        suffix = "(?P<suffix>" + "|".join(map(re.escape, STORED_SUFFIXES)) + ")?"
+        compiled: list[tuple[re.Pattern[str], ExpertTensor | RouterTensor]] = []
+        for tensor in (*self.experts, *self.router):
+            text = re.escape(tensor.template)
+            text = text.replace(re.escape("{layer}"), r"(?P<layer>\d+)").replace(
+                re.escape("{expert}"), r"(?P<expert>\d+)"
+            )
+            compiled.append((re.compile(text + suffix + r"\Z"), tensor))
+        return compiled
+
+    def claim(self, name: str, config: Mapping[str, Any]) -> Claim:
+        """What the tensor called ``name`` is.
+
+        Raises:
+            ArchitectureError: the name lies where only experts live, yet no entry of the table claims it; carrying
+                it along unseen would leave a hole or a stale tensor in the output.
+        """
+        for prefix in self.extra_prefixes:
+            if name.startswith(prefix.format(layers=self.value(config, self.layers_key))):
+                return Claim("extra")
+        for pattern, tensor in self._patterns:
+            if match := pattern.match(name):
+                layer, suffix = int(match["layer"]), match["suffix"] or ""
+                if isinstance(tensor, RouterTensor):
+                    return Claim("router", layer, None, tensor, suffix)
+                if tensor.fused:
+                    return Claim("fused", layer, None, tensor, suffix)
+                return Claim("expert", layer, int(match["expert"]), tensor, suffix)
+        if ".experts." in name:
+            raise ArchitectureError(
+                f"the tensor {name} looks like an expert's, but the entry for {self.name} does not claim it",
+                where=name,
+                next="the checkpoint may use a layout that moezip does not know yet; please report the tensor name",
+            )
+        return Claim("other")

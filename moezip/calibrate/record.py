@@ -1,0 +1,115 @@
+"""What may be recorded of a MoE layer, and how each record is summed.
+
+One entry of ``RECORDS`` is one statistic: a name, how it combines over chunks, its shape and its update. All of them
+come out of one ordinary forward pass (``../stream.py`` fills an ``Observation`` per layer and micro-batch).
+Sums are float64 and never divided: means are formed where a method needs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from moezip.arch.spec import LayerFacts
+from moezip.registry import lookup
+
+if TYPE_CHECKING:
+    import torch
+
+Combine = Literal["sum", "max"]
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What one MoE layer did to the real tokens (padding excluded) of one micro-batch.
+
+    Attributes:
+        experts: E.
+        ids: [T, k] the experts that the model's router chose.
+        gates: [T, k] float32, the coefficients that really multiplied their outputs.
+        norms: [T, k] float32, L2 norms of their outputs before the coefficient.
+        change: [T] float64, max(0, 1 - cos(h, h + r)): how far the routed output r turned the residual stream h
+            (EASY-EP, arXiv 2504.06792, its token weight).
+        peaks: [E] float32, largest |output| component of each expert, 0 where none was routed.
+        logits: [T, E] float32, the router's raw output.
+    """
+
+    experts: int
+    ids: torch.Tensor
+    gates: torch.Tensor
+    norms: torch.Tensor
+    change: torch.Tensor
+    peaks: torch.Tensor
+    logits: torch.Tensor
+
+    def per_expert(self, values: torch.Tensor | None) -> torch.Tensor:
+        """[E] float64: the sum of ``values`` [T, k] over the tokens routed to each expert (counts for None)."""
+        import torch
+
+        flat = self.ids.reshape(-1)
+        weights = None if values is None else values.reshape(-1).double()
+        return torch.bincount(flat, weights=weights, minlength=self.experts).double()
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One statistic: ``update`` gives its contribution from one micro-batch."""
+
+    name: str
+    summary: str
+    combine: Combine
+    shape: Callable[[LayerFacts], tuple[int, ...]]
+    update: Callable[[Observation], torch.Tensor]
+
+
+def _vector(facts: LayerFacts) -> tuple[int, ...]:
+    return (facts.experts,)
+
+
+def _square(facts: LayerFacts) -> tuple[int, ...]:
+    return (facts.experts, facts.experts)
+
+
+def _coactivation(seen: Observation) -> torch.Tensor:
+    import torch
+
+    chosen = torch.zeros(seen.ids.shape[0], seen.experts, dtype=torch.float32, device=seen.ids.device)
+    chosen.scatter_(1, seen.ids, 1.0)
+    # float32 products of 0 and 1 are exact up to 2**24 tokens, far above one micro-batch
+    return (chosen.T @ chosen).double()
+
+
+def _gram(seen: Observation) -> torch.Tensor:
+    logits = seen.logits.double()
+    return logits.T @ logits
+
+
+RECORDS: tuple[Record, ...] = (
+    Record("counts", "tokens routed to each expert", "sum", _vector, lambda o: o.per_expert(None)),
+    Record("gate_sum", "sum of gate weights", "sum", _vector, lambda o: o.per_expert(o.gates)),
+    Record("norm_sum", "sum of output norms", "sum", _vector, lambda o: o.per_expert(o.norms)),
+    Record(
+        "gate_norm_sum", "sum of gate weight x output norm", "sum", _vector, lambda o: o.per_expert(o.gates * o.norms)
+    ),
+    Record(
+        "change_gate_norm_sum",
+        "sum of token weight x gate weight x output norm (EASY-EP)",
+        "sum",
+        _vector,
+        lambda o: o.per_expert((o.gates * o.norms).double() * o.change[:, None]),
+    ),
+    Record("output_max", "largest |output| component", "max", _vector, lambda o: o.peaks.double()),
+    Record("router_gram", "router logits' Gram matrix", "sum", _square, _gram),
+    Record("coactivation", "tokens that chose both experts", "sum", _square, _coactivation),
+)
+
+BY_NAME: Mapping[str, Record] = {record.name: record for record in RECORDS}
+
+
+def chosen_records(names: Iterable[str] | None) -> tuple[Record, ...]:
+    """The records called ``names``, in table order; all of them for None. Raises UsageError for an unknown name."""
+    if names is None:
+        return RECORDS
+    wanted = {lookup(name, BY_NAME, "record").name for name in names}
+    return tuple(record for record in RECORDS if record.name in wanted)
