@@ -1,0 +1,58 @@
+"""The model, the text and the recipe that come with the package."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal, get_args
+
+from moezip.errors import DataError
+
+Kind = Literal["calib", "heldout", "tasks"]
+KINDS: tuple[str, ...] = get_args(Kind)
+
+
+def _inside(*parts: str) -> Path:
+    found = Path(str(files("moezip.demo").joinpath(*parts)))
+    if not found.exists():
+        raise DataError(
+            f"the installed package lacks its own demo file {'/'.join(parts)}",
+            where=found,
+            next="moezip has to be installed as files in a folder, not run from a zip; install it again with pip",
+        )
+    return found
+
+
+def checkpoint() -> Path:
+    """The folder of the demo model: a trained Qwen3-MoE of 2.3 M parameters, 4 layers, 16 experts, top-2, bf16.
+
+    Raises:
+        DataError: the package was installed without it.
+    """
+    return _inside("checkpoint")
+
+
+def data(kind: Kind) -> Path:
+    """The folder of one kind of text, ``<domain>.jsonl`` for scripture, factbook, python and arithmetic.
+
+    Args:
+        kind: ``calib`` and ``heldout`` have rows ``{"text", "domain"}``; ``tasks`` has multiple choice
+            ``{"context", "choices", "answer"}`` or, for arithmetic, ``{"prompt", "answer"}``.
+
+    Raises:
+        DataError: the package was installed without it.
+    """
+    return _inside("data", kind)
+
+
+def recipe() -> Path:
+    """The recipe that ``moezip demo`` runs.
+
+    A wheel carries ``recipes/demo.yaml`` of the repository inside this package; an editable install has only the
+    original, which wins so that an edit to it counts.
+
+    Raises:
+        DataError: neither is there.
+    """
+    original = _inside().parents[1] / "recipes" / "demo.yaml"
+    return original if original.is_file() else _inside("recipe.yaml")

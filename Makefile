@@ -1,0 +1,51 @@
+# make demo   calibrates, prunes and measures the model that comes with the package
+# make test   runs the tests
+#
+# Both make a virtual environment in .venv first; all they need is Python 3.11, pip and make.
+
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PY := .venv/bin/python
+# Two pytest workers with one torch thread each: more threads than cores make everything slower.
+WORKERS ?= 2
+ARGS ?=
+
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: help demo test lint types docs bench clean
+
+help:
+	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
+
+# Made anew when what it should hold has changed. The pip inside is brought up to date nowhere: any pip since 22.3 does.
+.venv/installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "make: no python3 found; install Python 3.11 or give PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"make: moezip needs Python 3.11 or newer, $(PYTHON) is {sys.version.split()[0]}; give PYTHON=/path/to/python3.11")'
+	"$(PYTHON)" -m venv .venv || "$(PYTHON)" -m venv --clear --without-pip .venv
+	if test -x .venv/bin/pip; then pip=".venv/bin/python -m pip"; else pip="$(PYTHON) -m pip --python .venv/bin/python"; fi; \
+	  $$pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: .venv/installed
+	.venv/bin/moezip demo $(ARGS)
+
+test: .venv/installed
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -q -n $(WORKERS) $(ARGS)
+
+lint: .venv/installed
+	$(PY) -m ruff check .
+	$(PY) docs/generate.py --check
+
+types: .venv/installed
+	$(PY) -m mypy
+
+# Rewrites the generated blocks of the README from the code.
+docs: .venv/installed
+	$(PY) docs/generate.py
+
+# Each file of benchmarks/ prints its own table; they take minutes.
+bench: .venv/installed
+	set -e; for file in benchmarks/bench_*.py; do echo "== $$file"; $(PY) $$file $(ARGS); done
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build dist
