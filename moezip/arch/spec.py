@@ -11,6 +11,7 @@ from typing import Any, Literal
 from moezip.errors import ArchitectureError
 
 ExpertRole = Literal["gate", "up", "down", "gate_up", "gate_up_bias", "down_bias"]
+Scoring = Literal["softmax", "sigmoid", "sparsemixer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,12 @@ class ExpertTensor:
 
 @dataclass(frozen=True, slots=True)
 class RouterTensor:
-    """A tensor with one entry per expert that must follow the experts (router row, selection bias, ...)."""
+    """A tensor with one entry per expert that must follow the experts (router row, selection bias, ...).
+
+    Attributes:
+        template: its name, with ``{layer}``.
+        axis: the axis that counts experts.
+    """
 
     template: str
     axis: int = 0
@@ -91,6 +97,16 @@ class LayerFacts:
     shared: int = 0
 
 
+def whole_number(value: Any, key: str) -> int:
+    """``value`` as an int. Raises ArchitectureError where it is a list, a text, a fraction, ..."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ArchitectureError(
+            f"config.json says {key} = {value!r}, which is not a whole number",
+            next="a list means that layers differ, which moezip cannot read yet; else correct the file",
+        )
+    return value
+
+
 # Pieces that a stored quantization hangs on a tensor's name (DeepSeek fp8 blocks; gpt-oss mxfp4).
 STORED_SUFFIXES = ("_scale_inv", "_blocks", "_scales")
 
@@ -103,7 +119,8 @@ class Architecture:
         name: the ``model_type`` of its config.
         experts: the expert tensors on disk, plain form.
         router: tensors with one entry per expert; the first is the router's weight.
-        count_keys: config keys that hold the number of experts; every one is written, and those present must agree.
+        count_keys: config keys that hold the number of experts, the hub's name first, then the aliases that some
+            loader reads instead; every one is written, and those present must agree.
         top_k_key: config key of the number of experts per token.
         width_key: config key of the experts' inner size F.
         moe_layers: which decoder layers have experts; a function of the config, in ascending order.
@@ -115,11 +132,19 @@ class Architecture:
         layers: name of the list of decoder layers, in memory and on disk.
         layers_key: config key of the number of decoder layers.
         hidden_key: config key of D.
-        scoring: how logits become scores, for reports only; routing itself is always the model's own.
+        scoring: how logits become scores, for reports and ``gates_independent``; routing itself is always the
+            model's own.
+        gate_norm: whether the gates of the chosen k are divided by their sum: always, never, or as the config key of
+            this name says.
         group_keys: config keys of (number of groups, groups kept per token), empty without groups.
+        group_when: (config key, value) without which the group keys are there but mean nothing.
         group_rank: see LayerFacts.
-        shared_key: config key that says how many shared experts (or how wide), for reports.
-        extra_prefixes: name prefixes of multi-token-prediction layers, ``{layers}`` = number of decoder layers.
+        shared_key: config key that says how many shared experts there are, for reports.
+        shared_is_width: ``shared_key`` gives their whole inner width instead of their number.
+        shared_modules: what sits in the block beside router and experts (shared experts and their gate), the same
+            names in memory and on disk.
+        extra_prefixes: name prefixes of multi-token-prediction layers, ``{layers}`` = number of decoder layers: such
+            a prefix stands for that layer and all later ones.
         extra_count_keys: config keys that count those layers; 0 once they are dropped.
         config_defaults: values for keys that old configs leave out.
         notes: limits worth saying in the table.
@@ -140,10 +165,14 @@ class Architecture:
     layers: str = "model.layers"
     layers_key: str = "num_hidden_layers"
     hidden_key: str = "hidden_size"
-    scoring: str = "softmax"
+    scoring: Scoring = "softmax"
+    gate_norm: bool | str = True
     group_keys: tuple[str, str] | tuple[()] = ()
+    group_when: tuple[str, str] | tuple[()] = ()
     group_rank: int = 1
     shared_key: str | None = None
+    shared_is_width: bool = False
+    shared_modules: tuple[str, ...] = ()
     extra_prefixes: tuple[str, ...] = ()
     extra_count_keys: tuple[str, ...] = ()
     config_defaults: Mapping[str, Any] | None = None
@@ -161,9 +190,13 @@ class Architecture:
             f"config.json of a {self.name} model has no {key!r}", next="use the config.json that came with the weights"
         )
 
+    def integer(self, config: Mapping[str, Any], key: str) -> int:
+        """A whole number of the config. Raises ArchitectureError where it is missing or something else."""
+        return whole_number(self.value(config, key), key)
+
     def expert_count(self, config: Mapping[str, Any]) -> int:
         """E. Raises ArchitectureError where two count keys disagree or none is there."""
-        found = {key: int(config[key]) for key in self.count_keys if config.get(key) is not None}
+        found = {key: whole_number(config[key], key) for key in self.count_keys if config.get(key) is not None}
         if not found and self.config_defaults:
             found = {key: int(value) for key, value in self.config_defaults.items() if key in self.count_keys}
         if not found:
@@ -179,23 +212,47 @@ class Architecture:
             )
         return next(iter(found.values()))
 
+    def groups(self, config: Mapping[str, Any]) -> tuple[int, int]:
+        """(number of router groups, groups that a token may use); (1, 1) where the router has none."""
+        if not self.group_keys or (self.group_when and config.get(self.group_when[0]) != self.group_when[1]):
+            return 1, 1
+        total, used = (whole_number(config.get(key) or 1, key) for key in self.group_keys)
+        return total, used
+
+    def gates_renormalised(self, config: Mapping[str, Any]) -> bool:
+        """Whether a token's k gates are divided by their sum."""
+        return bool(self.value(config, self.gate_norm)) if isinstance(self.gate_norm, str) else self.gate_norm
+
+    def gates_independent(self, config: Mapping[str, Any]) -> bool:
+        """Whether taking away an expert that a token did not choose leaves the gates of that token as they are.
+
+        So it is where every expert is scored by itself (sigmoid) or the softmax's denominator cancels (renormalised).
+        Not so with groups, whose choice depends on every member, nor with phimoe's sparsemixer, whose denominator
+        may count experts that were not chosen.
+        """
+        if self.groups(config)[0] > 1 or self.scoring == "sparsemixer":
+            return False
+        return self.scoring == "sigmoid" or self.gates_renormalised(config)
+
     def layer_facts(self, config: Mapping[str, Any]) -> list[LayerFacts]:
-        """One LayerFacts per MoE layer, ascending."""
-        groups, top_groups = 1, 1
-        if self.group_keys:
-            groups = int(config.get(self.group_keys[0]) or 1)
-            top_groups = int(config.get(self.group_keys[1]) or 1)
+        """One LayerFacts per MoE layer, ascending. Raises ArchitectureError where the config does not say them."""
+        groups, top_groups = self.groups(config)
+        experts, top_k = self.expert_count(config), self.integer(config, self.top_k_key)
+        hidden, width = self.integer(config, self.hidden_key), self.integer(config, self.width_key)
+        shared = whole_number(config.get(self.shared_key) or 0, self.shared_key) if self.shared_key else 0
+        if self.shared_is_width:
+            shared = -(-shared // width)
         return [
             LayerFacts(
                 layer=layer,
-                experts=self.expert_count(config),
-                top_k=int(self.value(config, self.top_k_key)),
-                hidden=int(self.value(config, self.hidden_key)),
-                width=int(self.value(config, self.width_key)),
+                experts=experts,
+                top_k=top_k,
+                hidden=hidden,
+                width=width,
                 groups=groups,
                 top_groups=top_groups,
                 group_rank=self.group_rank if groups > 1 else 1,
-                shared=int(config.get(self.shared_key) or 0) if self.shared_key else 0,
+                shared=shared,
             )
             for layer in self.moe_layers(config)
         ]
@@ -206,13 +263,28 @@ class Architecture:
     def _patterns(self) -> list[tuple[re.Pattern[str], ExpertTensor | RouterTensor]]:
         suffix = "(?P<suffix>" + "|".join(map(re.escape, STORED_SUFFIXES)) + ")?"
         compiled: list[tuple[re.Pattern[str], ExpertTensor | RouterTensor]] = []
-        for tensor in (*self.experts, *self.router):
+        claimants: tuple[ExpertTensor | RouterTensor, ...] = (*self.experts, *self.router)
+        for tensor in claimants:
             text = re.escape(tensor.template)
             text = text.replace(re.escape("{layer}"), r"(?P<layer>\d+)").replace(
                 re.escape("{expert}"), r"(?P<expert>\d+)"
             )
             compiled.append((re.compile(text + suffix + r"\Z"), tensor))
         return compiled
+
+    @property
+    def disk_block(self) -> str:
+        """Name of the MoE block inside a decoder layer on disk (in memory it may differ: ``block``)."""
+        return self.router[0].template.split("{layer}.", 1)[1].split(".", 1)[0]
+
+    def _is_extra(self, name: str, config: Mapping[str, Any]) -> bool:
+        for prefix in self.extra_prefixes:
+            head, numbered, _ = prefix.partition("{layers}")
+            if name.startswith(head):
+                number = name[len(head) :].split(".", 1)[0]
+                if not numbered or (number.isdecimal() and int(number) >= self.integer(config, self.layers_key)):
+                    return True
+        return False
 
     def claim(self, name: str, config: Mapping[str, Any]) -> Claim:
         """What the tensor called ``name`` is.
@@ -221,9 +293,8 @@ class Architecture:
             ArchitectureError: the name lies where only experts live, yet no entry of the table claims it; carrying
                 it along unseen would leave a hole or a stale tensor in the output.
         """
-        for prefix in self.extra_prefixes:
-            if name.startswith(prefix.format(layers=self.value(config, self.layers_key))):
-                return Claim("extra")
+        if self._is_extra(name, config):
+            return Claim("extra")
         for pattern, tensor in self._patterns:
             if match := pattern.match(name):
                 layer, suffix = int(match["layer"]), match["suffix"] or ""
