@@ -180,9 +180,7 @@ def load_rows(paths: Sequence[Path], tokenizer: Any, *, tokens: int, seq_len: in
         files = text_files(path)
         share = max(tokens // len(paths) // len(files), 1)
         for file in files:
-            # at least one window from every file, whole windows otherwise
-            limit = max(share // seq_len, 1) * min(seq_len, max(share, 1)) if share < seq_len else share
-            found = windows(token_stream(file, tokenizer, limit), seq_len)
+            found = windows(token_stream(file, tokenizer, share), seq_len)
             rows += found
             names += [name] * len(found)
     return stack(rows, names)

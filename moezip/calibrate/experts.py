@@ -18,8 +18,12 @@ IMPLEMENTATION = "moezip"
 
 @dataclass(slots=True)
 class Routed:
-    """What one call of an experts module leaves behind for the recorder; filled only if hung on the module."""
+    """What one call of an experts module leaves behind for the recorder; filled only if hung on the module.
 
+    ``valid`` [T] bool goes in (False on padding, None without any), the rest comes out.
+    """
+
+    valid: Any = None
     ids: Any = None
     gates: Any = None
     norms: Any = None
@@ -64,8 +68,10 @@ def experts_forward(
         out = F.linear(inner, *_matrix(self, "down_proj", expert))
         if routed is not None:
             norms[slots] = torch.linalg.vector_norm(out, dim=-1, dtype=torch.float32)
-            low, high = torch.aminmax(out)
-            peaks[expert] = torch.maximum(high, -low)
+            real = out if routed.valid is None else out[routed.valid[rows]]
+            if real.numel():
+                low, high = torch.aminmax(real)
+                peaks[expert] = torch.maximum(high, -low)
         output.index_add_(0, rows, (out * gates[slots, None]).float())
     result = output.to(hidden_states.dtype)
     if routed is not None:

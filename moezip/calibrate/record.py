@@ -1,7 +1,7 @@
 """What may be recorded of a MoE layer, and how each record is summed.
 
 One entry of ``RECORDS`` is one statistic: a name, how it combines over chunks, its shape and its update. All of them
-come out of one ordinary forward pass (``../stream.py`` fills an ``Observation`` per layer and micro-batch).
+come out of one ordinary forward pass (``capture.py`` fills an ``Observation`` per layer and micro-batch).
 Sums are float64 and never divided: means are formed where a method needs them.
 """
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from moezip.calibrate.record import BY_NAME
+from moezip.errors import StatisticsError
+
 Array = npt.NDArray[np.float64]
+SCHEMA = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,27 +24,140 @@ class Domain:
 
     Attributes:
         name: the path's stem, unique inside a Statistics.
-        data: fingerprint of the token ids.
+        data: fingerprints of the token rows that were summed.
         tokens: how many counted (padding excluded).
         layers: per MoE layer, the named sums as float64 arrays (``counts`` [E], ``router_gram`` [E, E], ...).
     """
 
     name: str
-    data: str
+    data: tuple[str, ...]
     tokens: int
     layers: Mapping[int, Mapping[str, Array]] = field(default_factory=dict)
+
+    def __add__(self, other: Domain) -> Domain:
+        if {i: set(named) for i, named in self.layers.items()} != {i: set(named) for i, named in other.layers.items()}:
+            raise StatisticsError(
+                f"the two records of domain {self.name!r} hold different layers or statistics",
+                next="calibrate both with the same --record",
+            )
+        layers = {
+            layer: {
+                name: np.maximum(sums, other.layers[layer][name])
+                if BY_NAME[name].combine == "max"
+                else sums + other.layers[layer][name]
+                for name, sums in named.items()
+            }
+            for layer, named in self.layers.items()
+        }
+        return Domain(self.name, self.data + other.data, self.tokens + other.tokens, layers)
 
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """What a calibration pass saw.
+    """What calibration passes saw of one checkpoint.
 
     Attributes:
         source: fingerprint of the checkpoint that was run; statistics of another model are refused.
         domains: one per ``--data`` path; never summed away.
-        settings: seq_len, seed and other choices of the pass, for the reader.
+        settings: seq_len, dtype and other choices of the pass, for the reader.
     """
 
     source: str
     domains: tuple[Domain, ...]
-    settings: Mapping[str, object] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        return sum(domain.tokens for domain in self.domains)
+
+    def __add__(self, other: Statistics) -> Statistics:
+        """The statistics of both passes: domains of equal name are summed, the others stand side by side.
+
+        Raises:
+            StatisticsError: they are of two different checkpoints.
+        """
+        if self.source != other.source:
+            raise StatisticsError(
+                "these statistics are of two different checkpoints and do not add up",
+                where=f"fingerprints {self.source[:12]} and {other.source[:12]}",
+                next="calibrate both passes on the same checkpoint",
+            )
+        mine = {domain.name: domain for domain in self.domains}
+        for domain in other.domains:
+            mine[domain.name] = mine[domain.name] + domain if domain.name in mine else domain
+        return Statistics(self.source, tuple(mine.values()), self.settings)
+
+    def require(self, names: tuple[str, ...], where: object = None) -> None:
+        """Raises StatisticsError unless every domain and layer holds the statistics called ``names``."""
+        for domain in self.domains:
+            for layer, named in domain.layers.items():
+                if missing := [name for name in names if name not in named]:
+                    raise StatisticsError(
+                        f"the statistics lack {', '.join(missing)} (domain {domain.name}, layer {layer})",
+                        where=where,
+                        next="calibrate again with " + " ".join(f"--record {name}" for name in missing),
+                    )
+
+    def require_source(self, fingerprint: str, where: object = None) -> None:
+        """Raises StatisticsError if these are statistics of another checkpoint."""
+        if self.source != fingerprint:
+            raise StatisticsError(
+                f"these statistics are of another checkpoint ({self.source[:12]}, not {fingerprint[:12]})",
+                where=where,
+                next="run `moezip calibrate` on this checkpoint, or name the checkpoint that they were taken from",
+            )
+
+    def save(self, path: Path) -> None:
+        """Writes a safetensors file (one float64 tensor per domain, layer and name), whole or not at all."""
+        from safetensors.numpy import save_file
+
+        tensors = {
+            f"{number}/{layer}/{name}": sums
+            for number, domain in enumerate(self.domains)
+            for layer, named in domain.layers.items()
+            for name, sums in named.items()
+        }
+        about = {
+            "schema": SCHEMA,
+            "source": self.source,
+            "settings": dict(self.settings),
+            "domains": [{"name": d.name, "data": list(d.data), "tokens": d.tokens} for d in self.domains],
+        }
+        temporary = path.with_name(f".{path.name}.part")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file(tensors, temporary, {"moezip": json.dumps(about)})
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: Path) -> Statistics:
+        """Raises StatisticsError if ``path`` is not a statistics file, or a damaged one."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "numpy") as file:
+                about = json.loads((file.metadata() or {})["moezip"])
+                layers: list[dict[int, dict[str, Array]]] = [{} for _ in about["domains"]]
+                for key in file.keys():  # noqa: SIM118  (safe_open is no mapping)
+                    number, layer, name = key.split("/")
+                    layers[int(number)].setdefault(int(layer), {})[name] = file.get_tensor(key)
+        except FileNotFoundError as fault:
+            raise StatisticsError("there is no such statistics file", where=path, next="check --stats") from fault
+        except (SafetensorError, OSError, KeyError, ValueError, IndexError) as fault:
+            raise StatisticsError(
+                f"this is no statistics file, or a damaged one ({type(fault).__name__}: {fault})",
+                where=path,
+                next="make it again with `moezip calibrate`",
+            ) from fault
+        if about.get("schema") != SCHEMA:
+            raise StatisticsError(
+                f"statistics of schema {about.get('schema')}, this moezip reads {SCHEMA}", where=path,
+                next="calibrate again with this version",
+            )  # fmt: skip
+        domains = tuple(
+            Domain(entry["name"], tuple(entry["data"]), entry["tokens"], dict(sorted(layers[i].items())))
+            for i, entry in enumerate(about["domains"])
+        )
+        return cls(about["source"], domains, about["settings"])

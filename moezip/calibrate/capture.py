@@ -1,0 +1,122 @@
+"""Watches one MoE layer while it runs and adds what it did to the sums."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moezip.arch.spec import Architecture, LayerFacts
+from moezip.calibrate.experts import Routed
+from moezip.calibrate.record import Observation, Record
+from moezip.calibrate.statistics import Array, Domain
+
+if TYPE_CHECKING:
+    import torch
+
+# Tokens whose residual stream is turned into float32 at a time: bounds the temporaries of ``turning``.
+CHUNK = 1024
+
+
+class Capture:
+    """Sums per domain, layer and record name.
+
+    Args:
+        facts: the MoE layers.
+        records: what to sum.
+        scale: factor on the routed output as it joins the residual stream.
+    """
+
+    def __init__(self, architecture: Architecture, facts: Sequence[LayerFacts], records: Sequence[Record], scale: float):
+        self.architecture, self.records, self.scale = architecture, records, scale
+        self.facts = {fact.layer: fact for fact in facts}
+        self.sums: dict[str, dict[int, dict[str, Array]]] = {}
+        self._routed = Routed()
+        self._logits: Any = None
+        self._stream: Any = None
+        self._hooks: list[Any] = []
+
+    def watch(self, layer: int, module: Any) -> None:
+        """Hangs itself on a loaded decoder layer, if that has experts."""
+        if layer not in self.facts:
+            return
+        entry = self.architecture
+        block = module.get_submodule(entry.block)
+        block.get_submodule(entry.experts_module)._moezip_routed = self._routed
+
+        def keep_logits(_module: Any, _args: Any, output: Any) -> None:
+            self._logits = output[0] if isinstance(output, tuple) else output
+
+        def keep_stream(_module: Any, args: Any) -> None:
+            self._stream = args[0]
+
+        self._hooks = [
+            block.get_submodule(entry.router_module).register_forward_hook(keep_logits),
+            module.get_submodule(entry.norm).register_forward_pre_hook(keep_stream),
+        ]
+
+    def release(self, layer: int, module: Any) -> None:
+        """Takes its hooks off again."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if layer in self.facts:
+            entry = self.architecture
+            module.get_submodule(entry.block).get_submodule(entry.experts_module)._moezip_routed = None
+
+    def expect(self, valid: torch.Tensor | None) -> None:
+        """Announces the next micro-batch: ``valid`` [n, S] is False on padding, None where there is none."""
+        self._routed.valid = None if valid is None else valid.reshape(-1)
+
+    def add(self, layer: int, domain: str) -> None:
+        """Adds what the layer just did with the announced micro-batch to ``domain``."""
+        if layer not in self.facts:
+            return
+        seen = self._observation(self.facts[layer])
+        sums = self.sums.setdefault(domain, {}).setdefault(layer, {})
+        for record in self.records:
+            new = record.update(seen).cpu().numpy()
+            if record.name not in sums:
+                sums[record.name] = np.zeros(record.shape(self.facts[layer]))
+            if record.combine == "max":
+                np.maximum(sums[record.name], new, out=sums[record.name])
+            else:
+                sums[record.name] += new
+        self._routed.ids = self._routed.output = self._logits = self._stream = None
+
+    def _observation(self, facts: LayerFacts) -> Observation:
+        routed = self._routed
+        ids, gates, norms = routed.ids, routed.gates.float(), routed.norms
+        logits = self._logits.reshape(ids.shape[0], -1).float()
+        stream = self._stream.reshape(ids.shape[0], -1)
+        change = turning(stream, routed.output, self.scale)
+        peaks = routed.peaks
+        if routed.valid is not None:
+            keep = routed.valid
+            ids, gates, norms, logits, change = ids[keep], gates[keep], norms[keep], logits[keep], change[keep]
+        return Observation(facts.experts, ids, gates, norms, change, peaks, logits)
+
+    def domain(self, name: str, data: str, tokens: int) -> Domain:
+        """The finished record of one domain."""
+        return Domain(name, (data,), tokens, self.sums.get(name, {}))
+
+
+def turning(stream: torch.Tensor, output: torch.Tensor, scale: float) -> torch.Tensor:
+    """max(0, 1 - cos(h, h + scale * r)) per token, [T] float64 (arXiv 2504.06792, token weight; clamp from its code).
+
+    Args:
+        stream: h, [T, D]: the residual stream just before the MoE block's output is added.
+        output: r, [T, D]: the routed experts' weighted sum, shared experts excluded.
+    """
+    import torch
+
+    parts = []
+    for start in range(0, stream.shape[0], CHUNK):
+        h = stream[start : start + CHUNK].float()
+        r = output[start : start + CHUNK].float() * scale
+        hh, hr, rr = ((a * b).sum(-1).double() for a, b in ((h, h), (h, r), (r, r)))
+        # cos from three dot products; a zero stream or a zero sum has no direction and counts as unturned
+        length = (hh * (hh + 2 * hr + rr).clamp_min(0)).sqrt()
+        parts.append(torch.where(length > 0, 1 - (hh + hr) / length, torch.zeros_like(length)).clamp_min(0))
+    return torch.cat(parts)

@@ -1,0 +1,282 @@
+"""Runs a model with one decoder layer in memory at a time.
+
+The model is built on the meta device and its own forward is called, once per layer and micro-batch, with every decoder
+layer but the one in turn answering at once. So masks, rotary embeddings, sliding windows, multipliers, the final norm
+and the head stay the model's own code, and nothing larger than a micro-batch exists besides the hidden states.
+(Calling the forward once for the whole batch was tried first on paper: masks and embeddings of all rows at once
+cost more memory than the layer does.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moezip.arch.experts import decoded
+from moezip.arch.skeleton import Skeleton
+from moezip.calibrate.data import Rows
+from moezip.calibrate.experts import register
+from moezip.calibrate.hidden import HiddenStates
+from moezip.checkpoint.source import Source
+from moezip.errors import MoezipError
+
+if TYPE_CHECKING:
+    import torch
+
+# Memory that a process needs before any weight is read: interpreter, torch, transformers, and the temporaries of one
+# micro-batch. Measured: 380 MB after building a meta model, the rest is headroom for the micro-batch.
+BASE_BYTES = 600 * 2**20
+# What the temporaries of one micro-batch may take, and their rough size in hidden-state widths per token:
+# residual, norm, q, k, v, attention output, expert inputs and outputs, float32 sum of the experts.
+ACTIVATION_BYTES = 128 * 2**20
+WIDTHS_PER_TOKEN = 14
+MAX_MICRO_TOKENS = 16_384
+# Positions whose logits exist at one time.
+HEAD_BYTES = 64 * 2**20
+
+
+class _Stop(Exception):
+    """Carries the hidden states out of the model's forward once the layer in turn has run."""
+
+    def __init__(self, hidden: torch.Tensor):
+        self.hidden = hidden
+
+
+class Stream:
+    """A model larger than memory, run layer by layer.
+
+    Args:
+        source: the checkpoint, plain or through a plan.
+        experts_implementation: default is moezip's own, which can record.
+        max_memory: ceiling of the whole process in bytes; default 80 % of what is free.
+        micro_rows: rows per micro-batch; default as many as the activation budget allows.
+        spill: folder for the hidden states' file, should they not fit.
+
+    Raises:
+        ArchitectureError: unknown or incomplete model.
+        MoezipError: a ceiling below one layer.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        experts_implementation: str | None = None,
+        dtype: torch.dtype | None = None,
+        device: str = "cpu",
+        max_memory: int | None = None,
+        micro_rows: int | None = None,
+        spill: Path | None = None,
+    ):
+        import psutil
+
+        plain = decoded(source)
+        self.skeleton = Skeleton(
+            plain, experts_implementation=experts_implementation or register(), dtype=dtype, device=device
+        )
+        self.skeleton.require_complete()
+        self.source, self.device, self.spill, self.micro_rows = source, self.skeleton.device, spill, micro_rows
+        self.model, self.layers = self.skeleton.model, self.skeleton.layers
+        self.max_memory = max_memory or int(psutil.virtual_memory().available * 0.8)
+        self._targets = [self.skeleton.layer_targets(i) for i in range(len(self.layers))]
+        self.layer_bytes = max(self.skeleton.bytes(targets) for targets in self._targets)
+        self.model_bytes = self.skeleton.bytes(self.skeleton.outer_targets()) + sum(
+            self.skeleton.bytes(targets) for targets in self._targets
+        )
+        if self.max_memory < BASE_BYTES + self.layer_bytes:
+            raise MoezipError(
+                f"--max-memory {self.max_memory / 2**30:.2f} GiB is less than one layer "
+                f"({self.layer_bytes / 2**30:.2f} GiB) and the program itself ({BASE_BYTES / 2**30:.2f} GiB)",
+                next=f"allow at least {(BASE_BYTES + self.layer_bytes) / 2**30:.2f} GiB",
+            )
+        self._loaded: set[int] = set()
+        self._turn = -1
+        self._hidden: Any = None
+        self._run_layer = [layer.forward for layer in self.layers]
+        for index, layer in enumerate(self.layers):
+            layer.forward = self._stand_in(index)
+        self._embed = self.model.get_input_embeddings()
+        self._run_embed = self._embed.forward
+
+    # -- the model's forward, one layer in turn -------------------------------------------------------------
+
+    def _stand_in(self, index: int) -> Callable[..., Any]:
+        last = len(self.layers) - 1
+
+        def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if self._turn == index:
+                result = self._run_layer[index](self._hidden, *args, **kwargs)
+                raise _Stop(result[0] if isinstance(result, tuple) else result)
+            if self._turn == -1:
+                raise _Stop(hidden_states)
+            if self._turn == last + 1 and index == last:
+                result = self._hidden
+                return result  # type: ignore[no-any-return]
+            return hidden_states
+
+        return forward
+
+    def _call(self, turn: int, ids: torch.Tensor, mask: torch.Tensor | None, hidden: Any, **more: Any) -> Any:
+        import torch
+
+        self._turn, self._hidden = turn, hidden
+        attention = None if mask is None else mask.to(torch.int64).to(self.device)
+        try:
+            with torch.inference_mode():
+                return self.model(input_ids=ids.to(self.device), attention_mask=attention, use_cache=False, **more)
+        except _Stop as stop:
+            return stop.hidden
+        finally:
+            self._hidden = None
+
+    def _dummy_embed(self) -> None:
+        """Once the embeddings are stored, their table is freed and later calls get an expanded zero of their shape."""
+        import torch
+
+        zero = torch.zeros(1, dtype=self.skeleton.dtype, device=self.device)
+        width = self._embed.embedding_dim
+        self._embed.forward = lambda ids: zero.expand(*ids.shape, width)
+
+    # -- passes ---------------------------------------------------------------------------------------------
+
+    def hidden_budget(self) -> int:
+        """Bytes of hidden states that may stay in memory beside one layer."""
+        return max(self.max_memory - BASE_BYTES - self.layer_bytes, 0)
+
+    def rows_per_step(self, width: int) -> int:
+        """Rows of ``width`` tokens per micro-batch."""
+        if self.micro_rows:
+            return self.micro_rows
+        per_token = self.skeleton.config.hidden_size * self.skeleton.dtype.itemsize * WIDTHS_PER_TOKEN
+        return max(min(ACTIVATION_BYTES // per_token, MAX_MICRO_TOKENS) // width, 1)
+
+    def steps(self, rows: Rows) -> list[tuple[int, int]]:
+        """Micro-batches as row ranges; none crosses a domain."""
+        step, steps, start = self.rows_per_step(rows.ids.shape[1]), [], 0
+        for i in range(1, len(rows.domains) + 1):
+            if i == len(rows.domains) or rows.domains[i] != rows.domains[start] or i - start == step:
+                steps.append((start, i))
+                start = i
+        return steps
+
+    def embed(self, rows: Rows) -> HiddenStates:
+        """The input of the first decoder layer for all rows."""
+        shape = (*rows.ids.shape, self.skeleton.config.hidden_size)
+        bytes_needed = shape[0] * shape[1] * shape[2] * self.skeleton.dtype.itemsize
+        file = None
+        if bytes_needed > self.hidden_budget():
+            if self.spill is None:
+                raise MoezipError(
+                    f"the hidden states of {rows.tokens():,} tokens take {bytes_needed / 2**30:.2f} GiB, "
+                    f"{self.hidden_budget() / 2**30:.2f} GiB are allowed",
+                    next="name a --workdir for them, allow more --max-memory, or use fewer --tokens",
+                )
+            file = self.spill / "hidden.bin"
+        states = HiddenStates(shape, self.skeleton.dtype, file)
+        targets = self.skeleton.embedding_targets()
+        self._embed.forward = self._run_embed
+        self.skeleton.load(targets)
+        for start, stop in self.steps(rows):
+            mask = None if rows.mask is None else rows.mask[start:stop]
+            states.write(start, stop, self._call(-1, rows.ids[start:stop], mask, None))
+        if not self.keeps_layers(states):
+            self.skeleton.free(targets)
+        self._dummy_embed()
+        return states
+
+    def keeps_layers(self, states: HiddenStates) -> bool:
+        """Whether the whole model fits beside the hidden states, so that nothing need be read twice."""
+        return self.model_bytes + states.bytes <= self.hidden_budget()
+
+    def run(
+        self,
+        rows: Rows,
+        states: HiddenStates,
+        *,
+        first: int = 0,
+        capture: Any = None,
+        keep: bool = False,
+    ) -> Iterator[int]:
+        """Takes the hidden states through the layers ``first`` and up, yielding each layer's index once it is done.
+
+        Args:
+            states: input of layer ``first``; holds the input of the next layer whenever this yields.
+            capture: a ``Capture`` that watches the MoE layers.
+            keep: leave layers loaded for another pass over the same model.
+
+        Raises:
+            MoezipError: weights or hidden states that are not finite.
+        """
+        for index in range(first, len(self.layers)):
+            if index not in self._loaded:
+                self.skeleton.load(self._targets[index])
+            layer = self.layers[index]
+            if capture is not None:
+                capture.watch(index, layer)
+            try:
+                for start, stop in self.steps(rows):
+                    self._step(index, rows, states, start, stop, capture)
+            finally:
+                if capture is not None:
+                    capture.release(index, layer)
+                if keep:
+                    self._loaded.add(index)
+                else:
+                    self.skeleton.free(self._targets[index])
+                    self._loaded.discard(index)
+            yield index
+
+    def _step(self, index: int, rows: Rows, states: HiddenStates, start: int, stop: int, capture: Any) -> None:
+        """One layer over one micro-batch; halves it and tries again where the device runs out of memory."""
+        import torch
+
+        mask = None if rows.mask is None else rows.mask[start:stop]
+        if capture is not None:
+            capture.expect(None if mask is None else mask.to(self.device))
+        try:
+            hidden = states.read(start, stop).to(self.device)
+            result = self._call(index, rows.ids[start:stop], mask, hidden)
+        except torch.OutOfMemoryError:
+            if stop - start == 1:
+                raise
+            middle = (start + stop) // 2
+            self.micro_rows = max((stop - start) // 2, 1)
+            self._step(index, rows, states, start, middle, capture)
+            self._step(index, rows, states, middle, stop, capture)
+            return
+        real = result if mask is None else result[mask.to(self.device)]
+        # one number tells: a sum is finite unless something in it is not (float32 cannot overflow on a sum of bf16
+        # activations short of values that are lost anyway)
+        if not bool(torch.isfinite(real.sum(dtype=torch.float32))):
+            raise MoezipError(
+                f"decoder layer {index} gives values that are not finite",
+                where=f"rows {start} to {stop - 1}",
+                next="the weights may be damaged (run `moezip verify`), or the dtype overflows",
+            )
+        if capture is not None:
+            capture.add(index, rows.domains[start])
+        states.write(start, stop, result)
+
+    # -- the head -------------------------------------------------------------------------------------------
+
+    def load_head(self) -> None:
+        """Makes ``logits`` usable."""
+        self.skeleton.load(self.skeleton.head_targets())
+        self.skeleton.tie()
+
+    def free_head(self) -> None:
+        self.skeleton.free(self.skeleton.head_targets())
+
+    def logits(self, rows: Rows, states: HiddenStates, row: int, positions: torch.Tensor) -> torch.Tensor:
+        """Logits [len(positions), V] of one row, from the last layer's output, through the model's own norm and head."""
+        mask = None if rows.mask is None else rows.mask[row : row + 1]
+        hidden = states.read(row, row + 1).to(self.device)
+        turn = len(self.layers)
+        output = self._call(turn, rows.ids[row : row + 1], mask, hidden, logits_to_keep=positions.to(self.device))
+        result: torch.Tensor = output.logits[0]
+        return result
+
+    def head_chunk(self) -> int:
+        """Positions whose float32 logits fit the head's budget."""
+        return max(HEAD_BYTES // (4 * self.skeleton.config.vocab_size), 1)
