@@ -157,12 +157,21 @@ class Checkpoint:
         self._fill(spec.file, self._headers[spec.file].data + begin, raw.numpy().data)
         return raw.view(dtype).view(shape)
 
-    def chunks(self, name: str) -> Iterator[memoryview]:
-        """The tensor's bytes in order, in fresh pieces of at most 8 MiB; works for every dtype."""
+    def chunks(self, name: str, rows: range | None = None) -> Iterator[memoryview]:
+        """The bytes of the tensor, or of rows ``rows`` of its first axis, in fresh pieces of at most 8 MiB.
+
+        Works for every dtype. Raises CheckpointError for rows that are not there.
+        """
         entry = self._entry(name)
+        begin, end = entry.begin, entry.end
+        if rows is not None:
+            if not entry.spec.shape or rows.step != 1 or not 0 <= rows.start <= rows.stop <= entry.spec.shape[0]:
+                raise CheckpointError(f"{name} of shape {entry.spec.shape} has no rows {rows}", where=self._folder)
+            row = entry.spec.bytes // max(entry.spec.shape[0], 1)
+            begin, end = begin + rows.start * row, begin + rows.stop * row
         data = self._headers[entry.spec.file].data
-        for begin in range(entry.begin, entry.end, CHUNK):
-            yield self._bytes(entry.spec.file, data + begin, min(CHUNK, entry.end - begin))
+        for start in range(begin, end, CHUNK):
+            yield self._bytes(entry.spec.file, data + start, min(CHUNK, end - start))
 
     # -- files ----------------------------------------------------------------------------------------------
 
@@ -271,8 +280,8 @@ def _single_file(folder: Path) -> str:
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
         raise CheckpointError(
-            f"the weights are pickle files ({', '.join(pickles[:3])}{', ...' if len(pickles) > 3 else ''}), which moezip "
-            "does not open: unpickling can run code, and a pickle cannot be read tensor by tensor",
+            f"the weights are pickle files ({_listed(pickles)}), which moezip does not open: "
+            "unpickling can run code, and a pickle cannot be read tensor by tensor",
             where=folder,
             next="convert them once, on a machine where you trust them: "
             "AutoModelForCausalLM.from_pretrained(folder, dtype='auto').save_pretrained(new, safe_serialization=True)",
@@ -305,7 +314,7 @@ def _sharded(folder: Path, index_bytes: bytes) -> dict[str, Header]:
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:
         raise CheckpointError(
-            f"{len(missing)} of {len(files)} shards missing: {', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}",
+            f"{len(missing)} of {len(files)} shards missing: {_listed(missing)}",
             where=folder,
             next="download them again",
         )
@@ -325,6 +334,10 @@ def _sharded(folder: Path, index_bytes: bytes) -> dict[str, Header]:
                     f"{file} holds {name}, but the index {elsewhere}", where=path, next=DOWNLOAD_AGAIN
                 )
     return headers
+
+
+def _listed(files: list[str]) -> str:
+    return ", ".join(files[:5]) + (", ..." if len(files) > 5 else "")
 
 
 def _bare(file: str) -> bool:

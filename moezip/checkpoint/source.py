@@ -78,5 +78,5 @@ class Source(Protocol):
     def read(self, name: str, rows: range | None = None) -> torch.Tensor:
         """The tensor, or rows ``rows`` (step 1) of its first axis, in its stored dtype, in fresh memory."""
 
-    def chunks(self, name: str) -> Iterator[memoryview]:
-        """The tensor's bytes in order, in pieces small enough to hold (at most 32 MiB each)."""
+    def chunks(self, name: str, rows: range | None = None) -> Iterator[memoryview]:
+        """The bytes of the tensor, or of some rows of it, in order, in pieces of at most 32 MiB."""
