@@ -28,11 +28,11 @@ class _DuplicateKey(ValueError):
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise _DuplicateKey(f"the key {twice!r} appears twice")
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise _DuplicateKey(f"the key {key[:200]!r} appears twice")
+        found[key] = value
     return found
 
 
@@ -145,13 +145,13 @@ def _check(raw: bytes, size: int, path: Path) -> Header:
 
 def _entry(name: str, fields: object, path: Path) -> Entry:
     def refuse(why: str) -> CheckpointError:
-        return CheckpointError(f"the header's entry for {name!r}: {why}", where=path, next=DOWNLOAD_AGAIN)
+        return CheckpointError(f"the header's entry for {name[:200]!r}: {why}", where=path, next=DOWNLOAD_AGAIN)
 
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
         raise refuse("expected exactly dtype, shape and data_offsets")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise refuse(f"unknown dtype {dtype!r}")
+        raise refuse(f"unknown dtype {str(dtype)[:80]!r}")
     if not _sizes(shape) or len(shape) > LARGEST_RANK:
         raise refuse(f"the shape must be at most {LARGEST_RANK} non-negative whole numbers, found {str(shape)[:80]}")
     if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
@@ -160,7 +160,7 @@ def _entry(name: str, fields: object, path: Path) -> Entry:
     bits = spec.elements * DTYPE_BITS[dtype]
     if bits % 8 or bits // 8 != offsets[1] - offsets[0]:
         raise refuse(
-            f"{dtype} of shape {list(shape)} takes {bits / 8:.16g} bytes, but its offsets span {offsets[1] - offsets[0]}"
+            f"{dtype} of shape {shape} takes {bits} bits, but its offsets span {offsets[1] - offsets[0]} bytes"
         )
     return Entry(spec, offsets[0], offsets[1])
 
