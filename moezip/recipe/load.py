@@ -1,0 +1,279 @@
+"""Reading a recipe: every fault is found before any work starts, and is told with its line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from moezip import demo
+from moezip.errors import RecipeError, UsageError
+from moezip.recipe.shape import Calibrate, Calibration, Evaluate, Job, Prune, Recipe, Step
+from moezip.recipe.text import Loc, Places, parse, put
+from moezip.registry import did_you_mean, lookup, parse_params
+
+# Things that people will look for here; saying "unknown key" would leave them guessing.
+LATER = {
+    "sweep": "write one job per value",
+    "merge": "this version calibrates, prunes and evaluates",
+    "quantize": "this version calibrates, prunes and evaluates",
+    "fit": "this version calibrates, prunes and evaluates",
+}
+
+
+def load(path: Path | str, overrides: Mapping[str, str] | None = None) -> Recipe:
+    """The recipe in a YAML file, checked and with every path absolute.
+
+    Args:
+        path: the file.
+        overrides: ``--set`` texts: dotted key (list items by number) to YAML value.
+
+    Raises:
+        RecipeError: unreadable file, unknown key, wrong value, missing file, unknown method or name; the message
+            has the line and the key's path.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read the recipe: {error}", where=path, next="check the path") from error
+    raw, node = parse(text, path)
+    places = Places(path, node, tuple(put(raw, key, value) for key, value in (overrides or {}).items()))
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise _explained(error, places) from error
+    _check_names(recipe, places)
+    return _resolved(recipe, places)
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML that ``load`` reads back to an equal one; packaged files keep their ``demo`` names, so that
+    the text is the same on every machine."""
+    packaged = {str(demo.checkpoint()): "demo"}
+    roots = {str(demo.data(kind)): f"demo:{kind}" for kind in ("calib", "heldout", "tasks")}
+
+    def portable(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: portable(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [portable(item) for item in value]
+        if isinstance(value, str):
+            for root, word in roots.items():
+                if value == root or value.startswith(root + os.sep):
+                    return word + value[len(root) :].replace(os.sep, "/")
+            return packaged.get(value, value)
+        return value
+
+    return yaml.safe_dump(
+        portable(recipe.model_dump(mode="json", exclude_none=True)), sort_keys=False, allow_unicode=True, width=120
+    )
+
+
+# -- errors of shape ----------------------------------------------------------------------------------------
+
+
+def _record_at(loc: Sequence[str | int]) -> type[BaseModel] | None:
+    """Which record the keys below ``loc`` belong to."""
+    verbs: dict[object, type[BaseModel]] = {"calibrate": Calibrate, "prune": Prune, "evaluate": Evaluate}
+    match tuple(loc):
+        case ():
+            return Recipe
+        case ("calibration", _):
+            return Calibration
+        case ("jobs", _):
+            return Job
+        case ("jobs", _, "steps", _):
+            return Step
+        case ("jobs", _, "steps", _, verb):
+            return verbs.get(verb)
+    return None
+
+
+def _explained(error: ValidationError, places: Places) -> RecipeError:
+    """The first fault of the file, in words, and how many more there are."""
+    faults = sorted(error.errors(), key=lambda fault: (places.line(fault["loc"]), len(fault["loc"])))
+    fault = faults[0]
+    loc: Loc = fault["loc"]
+    name = str(loc[-1]) if loc else "the recipe"
+    kind, hint = fault["type"], None
+    if kind == "extra_forbidden" and name in LATER:
+        what, hint = f"{name!r} comes in a later version of moezip", LATER[name]
+    elif kind == "extra_forbidden":
+        record = _record_at(loc[:-1])
+        known = list(record.model_fields) if record else []
+        what, hint = f"unknown key {name!r}", f"{did_you_mean(name, known)}available: {', '.join(known)}"
+    elif kind == "missing":
+        what, hint = f"the key {name!r} is missing", "it has no default"
+    elif name == "[key]":
+        loc = loc[:-1]
+        what = f"{loc[-1]!r} cannot be a name"
+        hint = "names are letters, digits, - and _, and start with a letter or digit: they become names of folders"
+    elif kind == "value_error":
+        what = str(fault["ctx"]["error"])
+    else:
+        should = fault["msg"].replace("Input should", "it should")
+        if kind in ("model_type", "dict_type"):
+            should = "it should be a mapping of keys to values"
+        what = f"{name} is {fault['input']!r}: {should}"
+    others = len({fault["loc"] for fault in faults}) - 1
+    more = f"{others} more to mend after this one" if others else None
+    return RecipeError(what, where=places.where(loc), next="; ".join(filter(None, (hint, more))) or None)
+
+
+# -- errors of sense ----------------------------------------------------------------------------------------
+
+
+def _actions(recipe: Recipe) -> Iterator[tuple[Loc, Calibrate | Prune | Evaluate]]:
+    for name, job in recipe.jobs.items():
+        for i, step in enumerate(job.steps):
+            action = step.action
+            yield ("jobs", name, "steps", i, step.verb), action
+
+
+def _check_names(recipe: Recipe, places: Places) -> None:
+    """Every name that a job uses exists, and every method takes the settings it is given."""
+    for name, job in recipe.jobs.items():
+        for needed in job.needs:
+            if needed not in recipe.jobs:
+                raise RecipeError(
+                    f"the job {name!r} needs {needed!r}, which is not there",
+                    where=places.where(("jobs", name, "needs")),
+                    next=f"{did_you_mean(needed, recipe.jobs)}jobs: {', '.join(recipe.jobs)}",
+                )
+    try:
+        recipe.order()
+    except RecipeError as error:
+        first = next(name for name, job in recipe.jobs.items() if job.needs)
+        raise RecipeError(error.what, where=places.where(("jobs", first, "needs")), next=error.next) from error
+    for loc, action in _actions(recipe):
+        if not isinstance(action, Evaluate):
+            for used in action.calibration or ():
+                if used not in recipe.calibration:
+                    raise RecipeError(
+                        f"no calibration is called {used!r}",
+                        where=places.where((*loc, "calibration")),
+                        next=f"{did_you_mean(used, recipe.calibration)}calibration: "
+                        f"{', '.join(recipe.calibration) or 'none'}",
+                    )
+        if isinstance(action, Prune):
+            _check_method(action, recipe, loc, places)
+
+
+def _check_method(action: Prune, recipe: Recipe, loc: Loc, places: Places) -> None:
+    from moezip.prune import METHODS  # numpy; only a recipe that prunes has to wait for it
+
+    try:
+        method = lookup(action.method, {method.name: method for method in METHODS}, "pruning method")
+    except UsageError as error:
+        raise RecipeError(error.what, where=places.where((*loc, "method")), next=error.next) from error
+    try:
+        parse_params(method, {key: str(value) for key, value in action.settings.items()})
+    except UsageError as error:
+        raise RecipeError(error.what, where=places.where((*loc, "settings")), next=error.next) from error
+    if method.needs and not (recipe.calibration if action.calibration is None else action.calibration):
+        raise RecipeError(
+            f"{method.name} reads statistics, and this prune has no calibration to gather them from",
+            where=places.where(loc),
+            next="name some text under `calibration`",
+        )
+
+
+# -- paths --------------------------------------------------------------------------------------------------
+
+
+def _resolved(recipe: Recipe, places: Places) -> Recipe:
+    """The recipe with every path absolute and every default filled in that other keys decide."""
+    model = _checkpoint(recipe.model, ("model",), places)
+    calibration = {
+        name: entry.model_copy(update={"data": _files(entry.data, ("calibration", name, "data"), places)})
+        for name, entry in recipe.calibration.items()
+    }
+
+    def resolved_step(step: Step, loc: Loc) -> Step:
+        action = _resolved_action(step.action, recipe, model, (*loc, step.verb), places)
+        return step.model_copy(update={step.verb: action})
+
+    jobs = {
+        name: job.model_copy(
+            update={"steps": tuple(resolved_step(step, ("jobs", name, "steps", i)) for i, step in enumerate(job.steps))}
+        )
+        for name, job in recipe.jobs.items()
+    }
+    # The output is the user's, not the recipe's: a recipe inside an installed package must not write beside itself.
+    output = None if recipe.output is None else Path(os.path.abspath(recipe.output.expanduser()))
+    return recipe.model_copy(update={"model": model, "output": output, "calibration": calibration, "jobs": jobs})
+
+
+def _resolved_action(
+    action: Calibrate | Prune | Evaluate, recipe: Recipe, model: str, loc: Loc, places: Places
+) -> Calibrate | Prune | Evaluate:
+    if not isinstance(action, Evaluate):
+        used = tuple(recipe.calibration) if action.calibration is None else action.calibration
+        return action.model_copy(update={"calibration": used})
+    against = action.against
+    if against is not None:
+        against = model if against == "source" else _checkpoint(against, (*loc, "against"), places)
+    return action.model_copy(
+        update={
+            "data": _files(action.data, (*loc, "data"), places),
+            "tasks": _files(action.tasks, (*loc, "tasks"), places),
+            "against": against,
+            "seq_len": action.seq_len or recipe.seq_len,
+        }
+    )
+
+
+def _absolute(path: Path, loc: Loc, places: Places) -> Path:
+    base = Path.cwd() if places.from_command_line(loc) else places.path.parent
+    return Path(os.path.abspath(base / path.expanduser()))
+
+
+def _checkpoint(text: str, loc: Loc, places: Places) -> str:
+    """``demo``, a folder, or a hub id left as it is."""
+    if text == "demo":
+        return str(demo.checkpoint())
+    folder = _absolute(Path(text), loc, places)
+    if folder.exists():
+        return str(folder)
+    # Hub ids are NAME or OWNER/NAME; anything else can only have been meant as a path.
+    if text.startswith((".", "~", "/")) or text.count("/") > 1 or not text:
+        raise RecipeError(f"there is no checkpoint at {folder}", where=places.where(loc), next="correct the path")
+    return text
+
+
+def _files(paths: tuple[Path, ...], loc: Loc, places: Places) -> tuple[Path, ...]:
+    return tuple(_file(path, loc, places) for path in paths)
+
+
+def _file(path: Path, loc: Loc, places: Places) -> Path:
+    text = path.as_posix()
+    if text.startswith("demo:"):
+        kind, _, rest = text.removeprefix("demo:").partition("/")
+        if kind not in demo.KINDS:
+            raise RecipeError(
+                f"the demo has no text called {kind!r}",
+                where=places.where(loc),
+                next=f"{did_you_mean(kind, demo.KINDS)}available: {', '.join(demo.KINDS)}",
+            )
+        folder = demo.data(cast(demo.Kind, kind))
+        names = sorted(file.name for file in folder.iterdir())
+        if rest and rest not in names:
+            raise RecipeError(
+                f"the demo has no {kind} file {rest!r}",
+                where=places.where(loc),
+                next=f"{did_you_mean(rest, names)}available: {', '.join(names)}",
+            )
+        return folder / rest if rest else folder
+    found = _absolute(path, loc, places)
+    if not found.exists():
+        raise RecipeError(
+            f"there is no file or folder {found}",
+            where=places.where(loc),
+            next="paths in a recipe are relative to the recipe's folder, those of --set to the current one",
+        )
+    return found
