@@ -1,0 +1,103 @@
+"""DeepSeek's stored fp8: e4m3 codes and one factor per block of (by default) 128 x 128.
+
+``weight[i, j] = codes[i, j] * scale_inv[i // bh, j // bw]``: despite its name ``weight_scale_inv`` is multiplied (it
+is the inverse of what the weight was multiplied with before rounding). Source: DeepSeek-V3 technical report, section
+3.3.2, and the released checkpoints. Blocks at the lower and right edge may be partial.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from moezip.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+Block = tuple[int, int]
+BLOCK: Block = (128, 128)
+LARGEST = 448.0  # of float8_e4m3fn
+
+
+def block_size(config: Mapping[str, Any]) -> Block:
+    """(bh, bw) from ``quantization_config.weight_block_size``; 128 x 128 where it is not given.
+
+    Raises:
+        CheckpointError: it is not a pair of positive whole numbers.
+    """
+    given = (config.get("quantization_config") or {}).get("weight_block_size")
+    if given is None:
+        return BLOCK
+    if not isinstance(given, list) or len(given) != 2 or not all(type(n) is int and n > 0 for n in given):
+        raise CheckpointError(
+            f"quantization_config.weight_block_size is {given!r}, not a pair of positive whole numbers",
+            where="config.json",
+            next="use the config.json that came with the weights",
+        )
+    return given[0], given[1]
+
+
+def scale_shape(rows: int, columns: int, block: Block = BLOCK) -> tuple[int, int]:
+    """Shape of the factors of a [rows, columns] matrix."""
+    return -(-rows // block[0]), -(-columns // block[1])
+
+
+def decode(
+    codes: torch.Tensor,
+    scale_inv: torch.Tensor,
+    block: Block = BLOCK,
+    *,
+    first_row: int = 0,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """The weights behind ``codes``.
+
+    Args:
+        codes: float8_e4m3fn [..., rows, columns]: a whole matrix, or some of its rows.
+        scale_inv: [..., ceil(all rows / bh), ceil(columns / bw)], all of it even where ``codes`` is a part.
+        block: (bh, bw).
+        first_row: which row of the matrix ``codes`` begins with.
+        dtype: of the result; bfloat16 by default. The product is taken in float32 and rounded once.
+
+    Raises:
+        CheckpointError: the factors do not cover the codes.
+    """
+    import torch
+
+    rows, columns = codes.shape[-2:]
+    needed = scale_shape(first_row + rows, columns, block)
+    if scale_inv.shape[:-2] != codes.shape[:-2] or scale_inv.shape[-2] < needed[0] or scale_inv.shape[-1] != needed[1]:
+        raise CheckpointError(
+            f"block factors of shape {list(scale_inv.shape)} do not fit codes of shape {list(codes.shape)} "
+            f"from row {first_row} in blocks of {block[0]} x {block[1]}",
+            next="check quantization_config.weight_block_size in config.json",
+        )
+    row_blocks = torch.arange(first_row, first_row + rows, device=codes.device) // block[0]
+    factors = scale_inv.to(torch.float32).index_select(-2, row_blocks)  # [..., rows, blocks of columns]
+    weight = codes.to(torch.float32)
+    whole = columns // block[1]
+    # Multiplied in place, a block of columns at a time: the factors are never spread out to the weight's size.
+    weight[..., : whole * block[1]].unflatten(-1, (whole, block[1])).mul_(factors[..., :whole, None])
+    if whole < needed[1]:
+        weight[..., whole * block[1] :].mul_(factors[..., whole:])
+    return weight.to(torch.bfloat16 if dtype is None else dtype)
+
+
+def encode(weight: torch.Tensor, block: Block = BLOCK) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes float8_e4m3fn [..., rows, columns] and factors float32 [..., row blocks, column blocks] of a weight.
+
+    Each factor maps its block's largest magnitude to 448; the factor of an all-zero block is 1.
+    """
+    import torch
+
+    rows, columns = weight.shape[-2:]
+    blocks = scale_shape(rows, columns, block)
+    padding = (0, blocks[1] * block[1] - columns, 0, blocks[0] * block[0] - rows)
+    padded = torch.nn.functional.pad(weight.to(torch.float32), padding)
+    tiles = padded.unflatten(-2, (blocks[0], block[0])).unflatten(-1, (blocks[1], block[1]))
+    largest = tiles.abs().amax((-3, -1))
+    scale_inv = torch.where(largest > 0, largest / LARGEST, torch.ones_like(largest))
+    scaled = (tiles / scale_inv[..., :, None, :, None]).clamp(-LARGEST, LARGEST)
+    codes = scaled.flatten(-2).flatten(-3, -2)[..., :rows, :columns].contiguous()
+    return codes.to(torch.float8_e4m3fn), scale_inv
