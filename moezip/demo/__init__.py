@@ -46,13 +46,13 @@ def data(kind: Kind) -> Path:
 
 
 def recipe() -> Path:
-    """The recipe that ``moezip demo`` runs.
-
-    A wheel carries ``recipes/demo.yaml`` of the repository inside this package; an editable install has only the
-    original, which wins so that an edit to it counts.
+    """The recipe that ``moezip demo`` runs: a wheel carries a copy of the repository's ``recipes/demo.yaml`` in here,
+    an editable install has the original.
 
     Raises:
         DataError: neither is there.
     """
     original = _inside().parents[1] / "recipes" / "demo.yaml"
-    return original if original.is_file() else _inside("recipe.yaml")
+    if original.is_file() and not (_inside() / "recipe.yaml").is_file():
+        return original
+    return _inside("recipe.yaml")
