@@ -286,6 +286,33 @@ class Architecture:
                     return True
         return False
 
+    def _matched(self, name: str) -> Claim | None:
+        for pattern, tensor in self._patterns:
+            if match := pattern.match(name):
+                layer, suffix = int(match["layer"]), match["suffix"] or ""
+                if isinstance(tensor, RouterTensor):
+                    return Claim("router", layer, None, tensor, suffix)
+                if tensor.fused:
+                    return Claim("fused", layer, None, tensor, suffix)
+                return Claim("expert", layer, int(match["expert"]), tensor, suffix)
+        return None
+
+    def claim_extra(self, name: str) -> Claim:
+        """What a tensor of a multi-token-prediction layer is inside that layer, which is built like a decoder layer.
+
+        Raises:
+            ArchitectureError: it is an expert's, but not in the layout of the decoder layers.
+        """
+        if found := self._matched(re.sub(r"^mtp\.", "model.", name)):
+            return found
+        if ".experts." in name:
+            raise ArchitectureError(
+                f"{name} belongs to a multi-token-prediction layer whose experts moezip cannot follow",
+                where=name,
+                next="leave these layers out (--set mtp=drop, the default)",
+            )
+        return Claim("other")
+
     def claim(self, name: str, config: Mapping[str, Any]) -> Claim:
         """What the tensor called ``name`` is.
 
@@ -295,14 +322,8 @@ class Architecture:
         """
         if self._is_extra(name, config):
             return Claim("extra")
-        for pattern, tensor in self._patterns:
-            if match := pattern.match(name):
-                layer, suffix = int(match["layer"]), match["suffix"] or ""
-                if isinstance(tensor, RouterTensor):
-                    return Claim("router", layer, None, tensor, suffix)
-                if tensor.fused:
-                    return Claim("fused", layer, None, tensor, suffix)
-                return Claim("expert", layer, int(match["expert"]), tensor, suffix)
+        if found := self._matched(name):
+            return found
         if ".experts." in name:
             raise ArchitectureError(
                 f"the tensor {name} looks like an expert's, but the entry for {self.name} does not claim it",

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+from moezip.arch.spec import LayerFacts
+from moezip.errors import PlanError
 
 SCHEMA = 1
 
@@ -18,7 +25,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Pick:
-    """One output expert: its sources and how its router row is made (the same parts)."""
+    """One output expert: its sources; its router row is made of the same parts."""
 
     parts: tuple[Part, ...]
 
@@ -27,11 +34,14 @@ class Pick:
         return cls((Part(expert),))
 
     @property
-    def kept(self) -> int | None:
-        """The source expert where this pick keeps one as it is, else None."""
+    def kept(self) -> int:
+        """The source expert that this pick keeps as it is. Raises PlanError where it mixes several."""
         if len(self.parts) == 1 and self.parts[0].weight == 1.0:
             return self.parts[0].expert
-        return None
+        raise PlanError(
+            f"the plan mixes experts {', '.join(str(part.expert) for part in self.parts)} into one",
+            next="this version of moezip only keeps experts whole",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +62,11 @@ class LayerPlan:
     scores: tuple[float, ...] = ()
     protected: tuple[int, ...] = ()
 
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Source experts in output order."""
+        return tuple(pick.kept for pick in self.picks)
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -70,4 +85,169 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     mtp: str = "drop"
     made_by: dict[str, Any] = field(default_factory=dict)
-    schema: int = SCHEMA
+
+    @classmethod
+    def identity(cls, source: str, architecture: str, facts: Sequence[LayerFacts]) -> Plan:
+        """The plan that keeps everything: applied, it gives back the same bytes."""
+        layers = tuple(LayerPlan(f.layer, f.experts, tuple(map(Pick.keep, range(f.experts)))) for f in facts)
+        return cls(source, architecture, layers, mtp="keep")
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether every layer keeps every expert in place."""
+        return all(layer.kept == tuple(range(layer.experts)) for layer in self.layers)
+
+    def validate(self, facts: Sequence[LayerFacts], fingerprint: str, where: object = None) -> None:
+        """Raises PlanError unless this plan can be carried out on the checkpoint with these facts."""
+        if self.source != fingerprint:
+            raise PlanError(
+                f"the plan is for another checkpoint ({self.source[:12]}, not {fingerprint[:12]})",
+                where=where,
+                next="apply it to the checkpoint that it was made for",
+            )
+        if [layer.layer for layer in self.layers] != [fact.layer for fact in facts]:
+            raise PlanError(
+                f"the plan covers layers {[layer.layer for layer in self.layers]}, "
+                f"the checkpoint has experts in {[fact.layer for fact in facts]}",
+                where=where,
+            )
+        for layer, fact in zip(self.layers, facts, strict=True):
+            kept = layer.kept
+            if layer.experts != fact.experts or not all(0 <= e < fact.experts for e in kept):
+                raise PlanError(
+                    f"layer {layer.layer} has experts 0 to {fact.experts - 1}, the plan keeps {list(kept)}", where=where
+                )
+            if len(set(kept)) != len(kept):
+                raise PlanError(f"layer {layer.layer}: the plan keeps an expert twice: {list(kept)}", where=where)
+            require_keepable(fact, len(kept))
+            require_groups(fact, kept, where)
+        if len({len(layer.picks) for layer in self.layers}) > 1:
+            raise PlanError(
+                "the plan keeps different numbers of experts in different layers, which no stock loader reads",
+                where=where,
+                next="keep the same number everywhere",
+            )
+        if self.mtp not in ("drop", "keep"):
+            raise PlanError(f"mtp is {self.mtp!r}, it must be drop or keep", where=where)
+
+    def to_json(self) -> str:
+        """Readable JSON: one line per list, so that two plans can be compared with diff."""
+        layers = []
+        for layer in self.layers:
+            entry: dict[str, Any] = {"layer": layer.layer, "experts": layer.experts}
+            entry["picks"] = [_pick_json(pick) for pick in layer.picks]
+            if layer.protected:
+                entry["protected"] = list(layer.protected)
+            if layer.scores:
+                entry["scores"] = list(layer.scores)
+            body = ",\n".join(f"      {json.dumps(key)}: {json.dumps(value)}" for key, value in entry.items())
+            layers.append("    {\n" + body + "\n    }")
+        head = {"schema": SCHEMA, "source": self.source, "architecture": self.architecture, "mtp": self.mtp}
+        text = "".join(f"  {json.dumps(key)}: {json.dumps(value)},\n" for key, value in head.items())
+        made_by = json.dumps(self.made_by, indent=2).replace("\n", "\n  ")
+        return "{\n" + text + f'  "made_by": {made_by},\n  "layers": [\n' + ",\n".join(layers) + "\n  ]\n}\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: object = None) -> Plan:
+        """Raises PlanError if the text is no plan of this schema."""
+        try:
+            data = json.loads(text)
+            if data["schema"] != SCHEMA:
+                raise PlanError(f"plan of schema {data['schema']}, this moezip reads {SCHEMA}", where=where)
+            layers = tuple(
+                LayerPlan(
+                    int(entry["layer"]),
+                    int(entry["experts"]),
+                    tuple(_pick(pick) for pick in entry["picks"]),
+                    tuple(entry.get("scores", ())),
+                    tuple(entry.get("protected", ())),
+                )
+                for entry in data["layers"]
+            )
+            return cls(data["source"], data["architecture"], layers, data["mtp"], data.get("made_by", {}))
+        except (ValueError, KeyError, TypeError) as fault:
+            raise PlanError(
+                f"this is no plan, or a damaged one ({type(fault).__name__}: {fault})", where=where,
+                next="make it with `moezip prune ... --plan-only`",
+            ) from fault  # fmt: skip
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"), path)
+        except OSError as fault:
+            raise PlanError(f"the plan cannot be read ({fault.strerror})", where=path) from fault
+
+
+def _pick_json(pick: Pick) -> Any:
+    if len(pick.parts) == 1 and pick.parts[0].weight == 1.0:
+        return pick.parts[0].expert
+    return [[part.expert, part.weight] for part in pick.parts]
+
+
+def _pick(data: Any) -> Pick:
+    if isinstance(data, int):
+        return Pick.keep(data)
+    return Pick(tuple(Part(int(expert), float(weight)) for expert, weight in data))
+
+
+# -- what can be kept at all --------------------------------------------------------------------------------
+
+
+def group_counts(fact: LayerFacts, kept: Sequence[int]) -> list[int]:
+    """How many of ``kept`` lie in each router group."""
+    size = fact.experts // fact.groups
+    counts = Counter(expert // size for expert in kept)
+    return [counts[group] for group in range(fact.groups)]
+
+
+def require_keepable(fact: LayerFacts, keep: int) -> None:
+    """Raises PlanError if no choice of ``keep`` experts leaves the layer's router able to work."""
+    if not 1 <= keep <= fact.experts:
+        raise PlanError(
+            f"cannot keep {keep} of {fact.experts} experts", where=f"layer {fact.layer}",
+            next=f"keep between {max(fact.top_k, 1)} and {fact.experts}",
+        )  # fmt: skip
+    if keep < fact.top_k:
+        raise PlanError(
+            f"cannot keep {keep} experts: the router sends every token to {fact.top_k}",
+            where=f"layer {fact.layer}",
+            next=f"keep at least {fact.top_k}",
+        )
+    if fact.groups == 1:
+        return
+    if keep % fact.groups or fact.experts % fact.groups:
+        below, above = keep - keep % fact.groups, keep - keep % fact.groups + fact.groups
+        choices = [str(n) for n in (below, above) if 0 < n <= fact.experts]
+        raise PlanError(
+            f"{keep} experts do not share evenly over the router's {fact.groups} groups "
+            f"({keep} / {fact.groups} = {keep / fact.groups:g})",
+            where=f"layer {fact.layer}",
+            next=f"keep {' or '.join(choices)}",
+        )
+    each = keep // fact.groups
+    need = max(-(-fact.top_k // fact.top_groups), fact.group_rank)
+    if each < need:
+        raise PlanError(
+            f"{keep} experts leave {each} in each of {fact.groups} groups; a token uses {fact.top_groups} groups and "
+            f"{fact.top_k} experts, so each group needs {need}"
+            + (f" (its score adds the best {fact.group_rank})" if need == fact.group_rank else ""),
+            where=f"layer {fact.layer}",
+            next=f"keep at least {need * fact.groups}",
+        )
+
+
+def require_groups(fact: LayerFacts, kept: Sequence[int], where: object = None) -> None:
+    """Raises PlanError unless every router group keeps the same number, in its own place of the output order."""
+    if fact.groups == 1:
+        return
+    counts = group_counts(fact, kept)
+    size, each = fact.experts // fact.groups, len(kept) // fact.groups
+    in_place = all(expert // size == place // each for place, expert in enumerate(kept))
+    if len(set(counts)) > 1 or not in_place:
+        raise PlanError(
+            f"layer {fact.layer}: the router's {fact.groups} groups would keep {counts} experts; a loader cuts the list "
+            f"into {fact.groups} equal groups and would mix them up",
+            where=where,
+            next="keep the same number in every group, groups in order",
+        )

@@ -1,0 +1,189 @@
+"""A checkpoint seen through a plan: the same interface as reading from disk, nothing computed, nothing stored."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moezip.arch.families import identify
+from moezip.arch.spec import Claim, RouterTensor
+from moezip.checkpoint.source import Source, TensorSpec
+from moezip.errors import CheckpointError, PlanError
+from moezip.plan.plan import Plan
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """One output tensor: a source tensor, whole, or some entries of one of its axes in a given order."""
+
+    origin: str
+    entries: tuple[int, ...] | None = None
+    axis: int = 0
+
+
+class Applied:
+    """``source`` through ``plan``; a Source like any other.
+
+    Raises:
+        PlanError: the plan does not fit the checkpoint, or keeps multi-token-prediction experts of a layout that
+            the table of architectures does not describe.
+    """
+
+    def __init__(self, source: Source, plan: Plan):
+        self._source, self.plan = source, plan
+        self.architecture = identify(source.config, source.folder)
+        facts = self.architecture.layer_facts(source.config)
+        plan.validate(facts, source.fingerprint, source.folder)
+        self._kept = {layer.layer: layer.kept for layer in plan.layers}
+        self._same = {layer.layer: layer.kept == tuple(range(layer.experts)) for layer in plan.layers}
+        self._views: dict[str, View] = {}
+        self._specs: dict[str, TensorSpec] = {}
+        for name in source.names():
+            claim = self.architecture.claim(name, source.config)
+            for target, view in self._seen(name, claim):
+                self._add(target, view)
+        self._config = self._edited_config()
+
+    # -- names ----------------------------------------------------------------------------------------------
+
+    def _seen(self, name: str, claim: Claim) -> Iterator[tuple[str, View]]:
+        """The output tensors that one source tensor becomes: none, itself, or itself under another name."""
+        if claim.kind == "extra":
+            if self.plan.mtp == "drop":
+                return
+            yield from self._seen_extra(name)
+        elif claim.layer is None or claim.layer not in self._kept or self._same[claim.layer]:
+            yield name, View(name)
+        elif claim.kind == "expert":
+            yield from self._renumbered(name, claim, self._kept[claim.layer])
+        elif claim.kind == "fused":
+            yield name, View(name, self._kept[claim.layer])
+        else:
+            assert isinstance(claim.tensor, RouterTensor)
+            yield name, View(name, self._kept[claim.layer], claim.tensor.axis)
+
+    def _seen_extra(self, name: str) -> Iterator[tuple[str, View]]:
+        """Multi-token-prediction layers follow the ranking of the last layer."""
+        last = max(self._kept)
+        claim = self.architecture.claim_extra(name)
+        if self._same[last] or claim.kind == "other":
+            yield name, View(name)
+        elif claim.kind == "expert":
+            yield from self._renumbered(name, claim, self._kept[last])
+        else:
+            axis = claim.tensor.axis if isinstance(claim.tensor, RouterTensor) else 0
+            yield name, View(name, self._kept[last], axis)
+
+    @staticmethod
+    def _renumbered(name: str, claim: Claim, kept: Sequence[int]) -> Iterator[tuple[str, View]]:
+        if claim.expert in kept:
+            number = kept.index(claim.expert)
+            yield re.sub(r"(?<=experts\.)\d+(?=\.)", str(number), name, count=1), View(name)
+
+    def _add(self, target: str, view: View) -> None:
+        if target in self._views:
+            raise PlanError(f"two source tensors would both become {target}", where=self._source.folder)
+        spec = self._source.spec(view.origin)
+        shape = spec.shape
+        if view.entries is not None:
+            if len(shape) <= view.axis or shape[view.axis] <= max(view.entries):
+                raise PlanError(
+                    f"{view.origin} has shape {shape}; the plan keeps expert {max(view.entries)} of its axis {view.axis}",
+                    where=self._source.folder,
+                )
+            shape = (*shape[: view.axis], len(view.entries), *shape[view.axis + 1 :])
+        self._views[target] = view
+        self._specs[target] = replace(spec, name=target, shape=shape)
+
+    # -- Source ---------------------------------------------------------------------------------------------
+
+    @property
+    def folder(self) -> Path:
+        return self._source.folder
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The source's config with the counts edited; the very same where nothing changes."""
+        return self._config
+
+    @property
+    def fingerprint(self) -> str:
+        import hashlib
+
+        return hashlib.sha256(f"{self._source.fingerprint} {self.plan.to_json()}".encode()).hexdigest()
+
+    def names(self) -> list[str]:
+        return list(self._views)
+
+    def spec(self, name: str) -> TensorSpec:
+        if name not in self._specs:
+            raise CheckpointError(f"the planned checkpoint has no tensor {name}", where=self.folder)
+        return self._specs[name]
+
+    def metadata(self, file: str) -> dict[str, str]:
+        return self._source.metadata(file)
+
+    def raw_header(self, file: str) -> bytes | None:
+        def described(source: Source) -> list[TensorSpec]:
+            return [spec for spec in map(source.spec, source.names()) if spec.file == file]
+
+        return self._source.raw_header(file) if described(self) == described(self._source) else None
+
+    def read(self, name: str, rows: range | None = None) -> torch.Tensor:
+        import torch
+
+        spec, view = self.spec(name), self._views[name]
+        if view.entries is None:
+            return self._source.read(view.origin, rows)
+        if view.axis == 0:
+            wanted = view.entries if rows is None else view.entries[rows.start : rows.stop]
+            whole = torch.empty((len(wanted), *spec.shape[1:]), dtype=self._source.read(view.origin, range(0)).dtype)
+            start = 0
+            for run in runs(wanted):
+                whole[start : start + len(run)] = self._source.read(view.origin, run)
+                start += len(run)
+            return whole
+        whole = self._source.read(view.origin).index_select(view.axis, torch.tensor(view.entries))
+        return whole if rows is None else whole[rows.start : rows.stop]
+
+    def chunks(self, name: str, rows: range | None = None) -> Iterator[memoryview]:
+        self.spec(name)
+        view = self._views[name]
+        if view.entries is None:
+            yield from self._source.chunks(view.origin, rows)
+        elif view.axis == 0:
+            for run in runs(view.entries if rows is None else view.entries[rows.start : rows.stop]):
+                yield from self._source.chunks(view.origin, run)
+        else:
+            import torch
+
+            yield memoryview(self.read(name, rows).contiguous().view(torch.uint8).numpy().tobytes())
+
+    # -- config ---------------------------------------------------------------------------------------------
+
+    def _edited_config(self) -> dict[str, Any]:
+        config, entry = dict(self._source.config), self.architecture
+        if not self.plan.keeps_all:
+            count = len(self.plan.layers[0].picks)
+            for key in entry.count_keys:
+                config[key] = count
+        if self.plan.mtp == "drop":
+            for key in entry.extra_count_keys:
+                if config.get(key):
+                    config[key] = 0
+        return config
+
+
+def runs(entries: Sequence[int]) -> Iterator[range]:
+    """Neighbouring entries as ranges: 0 1 2 5 6 -> 0..3, 5..7."""
+    start = 0
+    for i in range(1, len(entries) + 1):
+        if i == len(entries) or entries[i] != entries[i - 1] + 1:
+            yield range(entries[start], entries[i - 1] + 1)
+            start = i
