@@ -215,7 +215,7 @@ def _extra_layers(name: str, tensors: dict[str, torch.Tensor], config: dict[str,
     extra = {stem + key.split(".", 3)[3]: value.clone() for key, value in layer.items()}
     for key, value in own.items():
         target = "mtp." + key.removeprefix("../") if key.startswith("../") else stem + key
-        extra[target] = value.to(kind)
+        extra[target] = value.to(kind, copy=True)
     return extra
 
 
