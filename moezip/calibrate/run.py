@@ -1,0 +1,146 @@
+"""A calibration pass: rows in, statistics out, resumable layer by layer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moezip.calibrate.capture import Capture
+from moezip.calibrate.data import Rows
+from moezip.calibrate.hidden import HiddenStates
+from moezip.calibrate.record import Record
+from moezip.calibrate.statistics import Domain, Statistics
+from moezip.calibrate.stream import Stream
+from moezip.checkpoint.source import Source
+from moezip.errors import MoezipError
+from moezip.progress import Progress, Watch, unwatched
+
+# A pass is saved after a layer if the last save is older than this: saving costs a write of all hidden states, losing
+# costs the work since then.
+SAVE_EVERY_SECONDS = 60.0
+
+
+def calibrate(
+    source: Source,
+    rows: Rows,
+    records: Sequence[Record],
+    *,
+    device: str = "cpu",
+    max_memory: int | None = None,
+    workdir: Path | None = None,
+    resume: bool = False,
+    watch: Watch = unwatched,
+    settings: dict[str, Any] | None = None,
+    micro_rows: int | None = None,
+    save_every: float = SAVE_EVERY_SECONDS,
+) -> Statistics:
+    """Streams ``rows`` through the model once and sums what its MoE layers did.
+
+    Args:
+        source: the checkpoint (or a view of one).
+        records: what to sum.
+        workdir: where an interrupted pass waits (and hidden states that do not fit); left empty when done.
+        resume: go on from what an interrupted pass left there; from the start if there is nothing.
+        save_every: seconds between saves.
+
+    Raises:
+        MoezipError: weights that are not finite, a work folder of another job, too little memory or disk.
+    """
+    stream = Stream(source, device=device, max_memory=max_memory, spill=workdir, micro_rows=micro_rows)
+    entry = stream.skeleton.architecture
+    scale = float(source.config.get(entry.residual_scale_key) or 1.0) if entry.residual_scale_key else 1.0
+    capture = Capture(entry, entry.layer_facts(source.config), records, scale)
+    job = _job(source, rows, records, stream)
+    saved = None if workdir is None else Saved(workdir, job)
+    first = 0
+    states = stream.embed(rows)
+    try:
+        if saved is not None and resume:
+            first = saved.restore(states, capture)
+        last_save = time.monotonic()
+        total = len(stream.layers)
+        watch(Progress("calibrate", first, total, tokens=rows.tokens()))
+        for index in stream.run(rows, states, first=first, capture=capture):
+            watch(Progress("calibrate", index + 1, total, tokens=rows.tokens()))
+            if saved is not None and index + 1 < total and time.monotonic() - last_save >= save_every:
+                saved.save(index + 1, states, capture)
+                last_save = time.monotonic()
+    finally:
+        states.close()
+    if saved is not None:
+        saved.clear()
+    names = list(dict.fromkeys(rows.domains))
+    domains = tuple(capture.domain(name, rows.fingerprint(name), rows.tokens(name)) for name in names)
+    about = {"seq_len": rows.ids.shape[1], "dtype": str(stream.skeleton.dtype).removeprefix("torch.")}
+    return Statistics(source.fingerprint, domains, {**about, **(settings or {})})
+
+
+def _job(source: Source, rows: Rows, records: Sequence[Record], stream: Stream) -> str:
+    """Digest of everything that the sums depend on, down to the micro-batches."""
+    parts = [
+        source.fingerprint,
+        rows.fingerprint(),
+        repr(rows.domains),
+        repr([record.name for record in records]),
+        str(stream.skeleton.dtype),
+        repr(stream.steps(rows)),
+    ]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+class Saved:
+    """An interrupted pass on disk: hidden states, sums, and one small file, replaced last, that makes them valid."""
+
+    def __init__(self, folder: Path, job: str):
+        self.folder, self.job = folder, job
+
+    @property
+    def _state(self) -> Path:
+        return self.folder / "progress.json"
+
+    def save(self, layer: int, states: HiddenStates, capture: Capture) -> None:
+        """Makes ``layer`` the place to go on from."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        states.save(self.folder / f"hidden-{layer}.bin")
+        sums = tuple(Domain(name, (), 0, layers) for name, layers in capture.sums.items())
+        Statistics(self.job, sums).save(self.folder / f"sums-{layer}.safetensors")
+        temporary = self._state.with_suffix(".part")
+        temporary.write_text(json.dumps({"job": self.job, "next_layer": layer}))
+        temporary.replace(self._state)
+        self._forget(keep=layer)
+
+    def restore(self, states: HiddenStates, capture: Capture) -> int:
+        """The layer to go on from, 0 if nothing was saved. Raises MoezipError if it was another job."""
+        if not self._state.exists():
+            return 0
+        state = json.loads(self._state.read_text())
+        if state["job"] != self.job:
+            raise MoezipError(
+                "the work folder holds an interrupted pass with another checkpoint, other data or other settings",
+                where=self.folder,
+                next="repeat the interrupted command unchanged, or start afresh without --resume",
+            )
+        layer = int(state["next_layer"])
+        states.restore(self.folder / f"hidden-{layer}.bin")
+        sums = Statistics.load(self.folder / f"sums-{layer}.safetensors")
+        capture.sums = {
+            domain.name: {i: dict(named) for i, named in domain.layers.items()} for domain in sums.domains
+        }
+        return layer
+
+    def _forget(self, keep: int | None) -> None:
+        for pattern in ("hidden-*.bin", "sums-*.safetensors"):
+            for file in self.folder.glob(pattern):
+                if file.stem.rpartition("-")[2] != str(keep):
+                    file.unlink()
+
+    def clear(self) -> None:
+        """Removes what was saved, and the folder if nothing else is in it."""
+        self._state.unlink(missing_ok=True)
+        self._forget(keep=None)
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()

@@ -1,0 +1,119 @@
+"""Writes a checkpoint that stock loaders read, with its plan, report and manifest, proved complete before it appears."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from moezip import __version__
+from moezip.checkpoint.source import Source
+from moezip.checkpoint.writer import Staging
+from moezip.export.verify import MANIFEST, manifest_bytes, require_verified
+from moezip.plan.apply import Applied
+from moezip.progress import Progress, Watch, unwatched
+
+PLAN = "moezip/plan.json"
+REPORT = "moezip/report.json"
+CARD = "README.md"
+
+
+def config_bytes(source: Source) -> bytes:
+    """``config.json`` of ``source``: the file's own bytes where nothing changed, else the same keys in the same order."""
+    raw = (source.folder / "config.json").read_bytes()
+    if json.loads(raw) == source.config:
+        return raw
+    return (json.dumps(source.config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def tensor_bytes(source: Source) -> int:
+    """Sum of all tensors, as stored."""
+    return sum(source.spec(name).bytes for name in source.names())
+
+
+def write_checkpoint(
+    applied: Applied,
+    out: Path,
+    *,
+    report: Callable[[], str],
+    command: str,
+    extra: Mapping[str, bytes] | None = None,
+    overwrite: bool = False,
+    watch: Watch = unwatched,
+) -> dict[str, str]:
+    """Writes ``applied`` to ``out``: all of it or nothing.
+
+    Args:
+        report: makes ``moezip/report.json`` once everything else is written.
+        command: for the manifest.
+        extra: further files by relative path.
+
+    Returns:
+        SHA-256 by file.
+
+    Raises:
+        CheckpointError: output exists, disk full, weights that are not finite, or an output that is not complete.
+    """
+    total = tensor_bytes(applied)
+    with Staging(out, source=applied.folder, overwrite=overwrite, needed=total, check_finite=True) as stage:
+        stage.write_tensors(applied, lambda done: watch(Progress("write", done, total, "bytes")))
+        stage.add("config.json", config_bytes(applied))
+        plan = applied.plan
+        unchanged = plan.keeps_all and plan.mtp == "keep"
+        stage.copy_side_files(applied.folder, skip=() if unchanged else (CARD,))
+        if not unchanged:
+            stage.add(CARD, card(applied).encode())
+        stage.add(PLAN, plan.to_json().encode())
+        for name, content in (extra or {}).items():
+            stage.add(name, content)
+        stage.add(REPORT, report().encode())
+        facts: dict[str, Any] = {
+            "version": __version__,
+            "command": command,
+            "source": plan.source,
+            "seed": plan.made_by.get("seed"),
+        }
+        stage.add(MANIFEST, manifest_bytes(facts, stage.digests))
+        watch(Progress("verify", 0, 1, "steps"))
+        require_verified(stage.folder, digests=stage.digests, deep=False)
+        watch(Progress("verify", 1, 1, "steps"))
+        return dict(stage.digests)
+
+
+def card(applied: Applied) -> str:
+    """The model card: what was done and how to load it. The source's own card follows, if it has one."""
+    plan = applied.plan
+    before, after = plan.layers[0].experts, len(plan.layers[0].picks)
+    method = plan.made_by.get("method", "a saved plan")
+    original = applied.folder / CARD
+    front, body = _front_matter(original.read_text(encoding="utf-8") if original.is_file() else "")
+    lines = [
+        "---",
+        *front,
+        "---",
+        f"# {applied.architecture.name}, {after} of {before} experts per layer",
+        "",
+        f"Made by moezip {__version__}: method `{method}`, {after} of {before} routed experts kept in each of "
+        f"{len(plan.layers)} MoE layers. The kept experts, their scores and the data they were chosen with are in "
+        "`moezip/plan.json`; sizes and timings in `moezip/report.json`.",
+        "",
+        "It is a stock checkpoint:",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM",
+        "model = AutoModelForCausalLM.from_pretrained(\"path/to/this/folder\")",
+        "```",
+    ]
+    if body.strip():
+        lines += ["", "## The card of the source model", "", body.strip()]
+    return "\n".join(lines) + "\n"
+
+
+def _front_matter(text: str) -> tuple[list[str], str]:
+    """YAML lines between the leading ``---`` fences, and the rest."""
+    lines = text.splitlines()
+    if lines and lines[0].strip() == "---" and "---" in [line.strip() for line in lines[1:]]:
+        end = 1 + [line.strip() for line in lines[1:]].index("---")
+        return lines[1:end], "\n".join(lines[end + 1 :])
+    return [], text

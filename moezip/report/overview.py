@@ -1,0 +1,98 @@
+"""``moezip inspect``: what a checkpoint is, from its config and headers alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from moezip.arch.experts import decoded
+from moezip.arch.families import identify
+from moezip.arch.spec import LayerFacts
+from moezip.checkpoint.source import Source
+
+
+@dataclass(frozen=True, slots=True)
+class Overview:
+    """The numbers of one checkpoint.
+
+    Attributes:
+        experts: E per MoE layer.
+        parameters, expert_parameters: weights, whatever they are stored in (scales not counted).
+        bytes, expert_bytes: as stored. largest_layer_bytes: of one decoder layer, decoded: what streaming holds.
+        dtype: of most bytes.
+        fits: bytes by what could be done: experts at half their number, weights at fewer bits.
+    """
+
+    architecture: str
+    model_type: str
+    layers: int
+    moe_layers: list[int]
+    experts: list[int]
+    top_k: int
+    hidden: int
+    width: int
+    groups: int
+    shared: int
+    parameters: int
+    expert_parameters: int
+    active_parameters: int
+    bytes: int
+    expert_bytes: int
+    largest_layer_bytes: int
+    dtype: str
+    quantization: str | None
+    fits: dict[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def overview(source: Source) -> Overview:
+    """Raises ArchitectureError for a model that moezip does not know."""
+    config = source.config
+    entry = identify(config, source.folder)
+    facts: list[LayerFacts] = entry.layer_facts(config)
+    stored = [source.spec(name) for name in source.names()]
+    kinds = {spec.name: entry.claim(spec.name, config).kind for spec in stored}
+    plain = decoded(source)
+    sizes: Counter[str] = Counter()
+    layer_sizes: Counter[str] = Counter()
+    for spec in (plain.spec(name) for name in plain.names()):
+        kind = entry.claim(spec.name, config).kind
+        sizes["experts" if kind in ("expert", "fused") else kind] += spec.elements
+        head, _, rest = spec.name.partition(f"{entry.layers}.")
+        if rest and kind != "extra":
+            layer_sizes[rest.partition(".")[0]] += spec.bytes
+    bytes_by_dtype: Counter[str] = Counter()
+    for spec in stored:
+        bytes_by_dtype[spec.dtype] += spec.bytes
+    total = sum(spec.bytes for spec in stored)
+    expert_bytes = sum(spec.bytes for spec in stored if kinds[spec.name] in ("expert", "fused"))
+    parameters, in_experts = sum(sizes.values()), sizes["experts"]
+    share = facts[0].top_k / facts[0].experts
+    return Overview(
+        architecture=str((config.get("architectures") or [entry.name])[0]),
+        model_type=entry.name,
+        layers=int(entry.value(config, entry.layers_key)),
+        moe_layers=[fact.layer for fact in facts],
+        experts=[fact.experts for fact in facts],
+        top_k=facts[0].top_k,
+        hidden=facts[0].hidden,
+        width=facts[0].width,
+        groups=facts[0].groups,
+        shared=facts[0].shared,
+        parameters=parameters,
+        expert_parameters=in_experts,
+        active_parameters=round(parameters - in_experts * (1 - share)),
+        bytes=total,
+        expert_bytes=expert_bytes,
+        largest_layer_bytes=max(layer_sizes.values(), default=0),
+        dtype=bytes_by_dtype.most_common(1)[0][0] if bytes_by_dtype else "",
+        quantization=(config.get("quantization_config") or {}).get("quant_method"),
+        fits={
+            "as it is": total,
+            "half the experts": total - expert_bytes // 2,
+            "a quarter of the experts": total - expert_bytes * 3 // 4,
+        },
+    )

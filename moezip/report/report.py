@@ -1,0 +1,58 @@
+"""The report: what a compression did and what it cost, as one record and its JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What every compressing command says at its end.
+
+    Attributes:
+        out: the output folder.
+        bytes_before, bytes_after: sums of the ``.safetensors`` tensors.
+        bits_per_weight: stored bits, scales included, over the weights they stand for.
+        experts_before, experts_after: per MoE layer.
+        predicted_nats: predicted rise of the loss in nats per token; None with a reason where a method has no price.
+        seconds: of the whole command. peak_rss_bytes: of the whole process.
+        stages: seconds by stage.
+        method, settings, source, statistics: provenance.
+        protected: per layer, the super experts that the guard kept.
+        unrouted: per layer, how many experts no calibration token reached.
+        notes: what the user should know about the output.
+    """
+
+    out: str
+    bytes_before: int
+    bytes_after: int
+    bits_per_weight: float
+    experts_before: list[int]
+    experts_after: list[int]
+    predicted_nats: float | None
+    predicted_nats_reason: str | None
+    seconds: float
+    peak_rss_bytes: int
+    stages: Mapping[str, float] = field(default_factory=dict)
+    method: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""
+    statistics: Mapping[str, Any] = field(default_factory=dict)
+    protected: Mapping[str, list[int]] = field(default_factory=dict)
+    unrouted: Mapping[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+def peak_rss_bytes() -> int:
+    """Peak resident memory of this process."""
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
