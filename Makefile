@@ -3,7 +3,6 @@
 #
 # Both make a virtual environment in .venv first; all they need is Python 3.11, pip and make.
 
-SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python
 # Two pytest workers with one torch thread each: more threads than cores make everything slower.
