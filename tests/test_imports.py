@@ -31,7 +31,7 @@ ORDER = (
     ("formats",),
     ("kernels",),
     ("checkpoint",),
-    ("registry",),
+    ("registry", "progress"),
     ("errors",),
 )
 RANK = {room: rank for rank, line in enumerate(ORDER) for room in line}

@@ -126,14 +126,15 @@ def _row_text(line: str, where: str, tokenizer: Any) -> str:
 def token_stream(file: Path, tokenizer: Any, limit: int | None = None) -> list[int]:
     """The file's documents as one list of ids, each document followed by the end-of-text token, up to ``limit``."""
     ids: list[int] = []
-    end = tokenizer.eos_token_id
+    end, blank = tokenizer.eos_token_id, True
     for text in documents(file, tokenizer):
+        blank = blank and not text.strip()
         ids += tokenizer(text, add_special_tokens=False).input_ids
         if end is not None:
             ids.append(end)
         if limit is not None and len(ids) >= limit:
             return ids[:limit]
-    if not [i for i in ids if i != end]:
+    if blank or not [i for i in ids if i != end]:
         raise DataError("the text gives no tokens at all", where=file, next="the file is empty or of white space only")
     return ids
 
@@ -168,19 +169,35 @@ def domain_names(paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def load_rows(paths: Sequence[Path], tokenizer: Any, *, tokens: int, seq_len: int) -> Rows:
-    """Windows of every ``--data`` path, about ``tokens`` in all, shared evenly over the paths.
+@dataclass(frozen=True, slots=True)
+class DomainText:
+    """Where the text of one domain comes from, and how many tokens of it to take."""
+
+    name: str
+    paths: tuple[Path, ...]
+    tokens: int
+
+
+def domains_of(paths: Sequence[Path], tokens: int) -> list[DomainText]:
+    """One domain per ``--data`` path, ``tokens`` shared evenly over them."""
+    share = max(tokens // len(paths), 1)
+    return [DomainText(name, (path,), share) for path, name in zip(paths, domain_names(paths), strict=True)]
+
+
+def load_rows(domains: Sequence[DomainText], tokenizer: Any, seq_len: int) -> Rows:
+    """Windows of every domain. The files of a domain share its tokens evenly; the tail of a file that does not fill a
+    window is left out, unless the whole file is shorter than one.
 
     Raises:
         DataError: a path that cannot be read, or text that gives no tokens.
     """
     rows: list[list[int]] = []
     names: list[str] = []
-    for path, name in zip(paths, domain_names(paths), strict=True):
-        files = text_files(path)
-        share = max(tokens // len(paths) // len(files), 1)
+    for domain in domains:
+        files = [file for path in domain.paths for file in text_files(path)]
+        share = max(domain.tokens // len(files), 2)
         for file in files:
             found = windows(token_stream(file, tokenizer, share), seq_len)
             rows += found
-            names += [name] * len(found)
+            names += [domain.name] * len(found)
     return stack(rows, names)

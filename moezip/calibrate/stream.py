@@ -9,7 +9,7 @@ cost more memory than the layer does.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,8 +162,7 @@ class Stream:
 
     def embed(self, rows: Rows) -> HiddenStates:
         """The input of the first decoder layer for all rows."""
-        shape = (*rows.ids.shape, self.skeleton.config.hidden_size)
-        bytes_needed = shape[0] * shape[1] * shape[2] * self.skeleton.dtype.itemsize
+        bytes_needed = self.hidden_bytes(rows)
         file = None
         if bytes_needed > self.hidden_budget():
             if self.spill is None:
@@ -173,17 +172,29 @@ class Stream:
                     next="name a --workdir for them, allow more --max-memory, or use fewer --tokens",
                 )
             file = self.spill / "hidden.bin"
-        states = HiddenStates(shape, self.skeleton.dtype, file)
+        return self.embed_all([rows], [file])[0]
+
+    def embed_all(self, groups: Sequence[Rows], files: Sequence[Path | None]) -> list[HiddenStates]:
+        """``embed`` for rows of several widths, with the embeddings read once; where each is kept is the caller's."""
         targets = self.skeleton.embedding_targets()
         self._embed.forward = self._run_embed
+        self.skeleton.free(targets)
         self.skeleton.load(targets)
-        for start, stop in self.steps(rows):
-            mask = None if rows.mask is None else rows.mask[start:stop]
-            states.write(start, stop, self._call(-1, rows.ids[start:stop], mask, None))
-        if not self.keeps_layers(states):
+        found = []
+        for rows, file in zip(groups, files, strict=True):
+            states = HiddenStates((*rows.ids.shape, self.skeleton.config.hidden_size), self.skeleton.dtype, file)
+            found.append(states)
+            for start, stop in self.steps(rows):
+                mask = None if rows.mask is None else rows.mask[start:stop]
+                states.write(start, stop, self._call(-1, rows.ids[start:stop], mask, None))
+        if self.model_bytes + sum(states.bytes for states in found) > self.hidden_budget():
             self.skeleton.free(targets)
         self._dummy_embed()
-        return states
+        return found
+
+    def hidden_bytes(self, rows: Rows) -> int:
+        """Size of the hidden states of all rows."""
+        return rows.ids.numel() * int(self.skeleton.config.hidden_size) * self.skeleton.dtype.itemsize
 
     def keeps_layers(self, states: HiddenStates) -> bool:
         """Whether the whole model fits beside the hidden states, so that nothing need be read twice."""
@@ -275,6 +286,18 @@ class Stream:
         turn = len(self.layers)
         output = self._call(turn, rows.ids[row : row + 1], mask, hidden, logits_to_keep=positions.to(self.device))
         result: torch.Tensor = output.logits[0]
+        return result
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [P, V] of outputs [P, D] of the last layer, of any rows: norm and head see one position at a time.
+
+        They go in as P rows of one token, so that no mask over P positions is built.
+        """
+        import torch
+
+        ids = torch.zeros(hidden.shape[0], 1, dtype=torch.int64)
+        output = self._call(len(self.layers), ids, None, hidden.to(self.device)[:, None])
+        result: torch.Tensor = output.logits[:, 0]
         return result
 
     def head_chunk(self) -> int:

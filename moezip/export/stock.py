@@ -55,9 +55,15 @@ def write_checkpoint(
     Raises:
         CheckpointError: output exists, disk full, weights that are not finite, or an output that is not complete.
     """
-    total = tensor_bytes(applied)
+    total, done = tensor_bytes(applied), 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        watch(Progress("write", done, total, "bytes"))
+
     with Staging(out, source=applied.folder, overwrite=overwrite, needed=total, check_finite=True) as stage:
-        stage.write_tensors(applied, lambda done: watch(Progress("write", done, total, "bytes")))
+        stage.write_tensors(applied, advance)
         stage.add("config.json", config_bytes(applied))
         plan = applied.plan
         unchanged = plan.keeps_all and plan.mtp == "keep"

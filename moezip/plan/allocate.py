@@ -30,17 +30,21 @@ def kept_count(experts: int, keep: int | None, ratio: float | None) -> int:
     return math.floor(round(experts * (1 - ratio), 9) + 0.5)
 
 
-def combine_domains(scores: Sequence[Array]) -> Array:
+def combine_domains(scores: Sequence[Array], weights: Sequence[float] | None = None) -> Array:
     """One score per expert from several domains': each divided by its layer sum, then added (arXiv 2504.06792).
 
     A single domain's scores pass unchanged. A domain whose scores sum to zero says nothing and adds nothing.
+
+    Args:
+        scores: per domain, [E].
+        weights: how much each domain counts; equally without.
     """
     if len(scores) == 1:
         return scores[0]
     total = np.zeros_like(scores[0])
-    for score in scores:
+    for score, weight in zip(scores, weights or [1.0] * len(scores), strict=True):
         if (layer_sum := score.sum()) > 0:
-            total += score / layer_sum
+            total += weight * score / layer_sum
     return total
 
 

@@ -1,0 +1,400 @@
+"""The command line: words in, words out. What a command does is in ``moezip.pipeline``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moezip import __version__, console
+from moezip.errors import MoezipError, UsageError
+
+if TYPE_CHECKING:
+    from moezip.pipeline import Common, Outcome, PruneJob
+    from moezip.progress import Watch
+    from moezip.registry import Method
+
+app = typer.Typer(
+    name="moezip",
+    help="Makes Mixture-of-Experts checkpoints small: measures experts on your text, keeps those that matter, writes a "
+    "checkpoint that stock loaders read. Streams models larger than memory.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Ckpt = Annotated[str, typer.Argument(metavar="CKPT", help="A checkpoint folder, or the word demo.")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")]
+Data = Annotated[
+    list[Path] | None,
+    typer.Option("--data", help="Text: .txt, .jsonl or a folder of them. One path is one domain; repeat for several."),
+]
+Tokens = Annotated[int, typer.Option("--tokens", min=2, help="Calibration tokens, shared over the domains.")]
+SeqLen = Annotated[
+    int | None, typer.Option("--seq-len", min=2, help="Window in tokens. Default min(2048, the model's maximum).")
+]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting; repeat for several.")]
+Device = Annotated[str, typer.Option("--device", help="Where layers are computed, one at a time: cpu, cuda, ...")]
+MaxMemory = Annotated[
+    str | None, typer.Option("--max-memory", help="Ceiling of the process, such as 8GiB. Default 80% of what is free.")
+]
+Workdir = Annotated[Path | None, typer.Option("--workdir", help="Where interrupted work waits. Default beside OUT.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from an interrupted run of the same command.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="The only source of chance.")]
+Json = Annotated[bool, typer.Option("--json", help="Data as JSON on stdout, talk on stderr.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no talk.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        console.out.print(f"moezip {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def top(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version.")] = False,
+) -> None:
+    """Options of the program itself."""
+
+
+def size_of(text: str | None) -> int | None:
+    """Bytes from ``8GiB``, ``500MB`` or a plain number. Raises UsageError for anything else."""
+    if text is None:
+        return None
+    units = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9,
+             "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}  # fmt: skip
+    number = text.strip().rstrip("bBiIkKmMgG")
+    unit = text.strip()[len(number) :].strip().upper()
+    try:
+        return int(float(number) * units[unit])
+    except (ValueError, KeyError) as fault:
+        raise UsageError(f"{text!r} is no size", next="write it like 8GiB, 500MB or 1073741824") from fault
+
+
+def settings_of(texts: Sequence[str] | None) -> dict[str, str]:
+    """``KEY=VALUE`` texts as a dict. Raises UsageError for one without ``=``, or a key given twice."""
+    settings: dict[str, str] = {}
+    for text in texts or ():
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise UsageError(f"--set {text} has no value", next="write --set KEY=VALUE")
+        if key in settings:
+            raise UsageError(f"--set {key} is given twice")
+        settings[key] = value
+    return settings
+
+
+def _common(watch: Watch, **options: Any) -> Common:
+    from moezip.pipeline import Common
+
+    max_memory = size_of(options.pop("max_memory", None))
+    command = shlex.join(["moezip", *sys.argv[1:]])
+    return Common(watch=watch, max_memory=max_memory, command=command, **options)
+
+
+# -- looking ------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def inspect(checkpoint: Ckpt, as_json: Json = False, debug: Debug = False) -> None:
+    """What a checkpoint is: architecture, experts, sizes, what would fit. Reads headers only."""
+    from moezip.pipeline import opened
+    from moezip.report.overview import overview
+
+    seen = overview(opened(checkpoint).source)
+    if as_json:
+        console.data(seen.to_json())
+        return
+    experts = sorted(set(seen.experts))
+    console.pairs(
+        checkpoint,
+        {
+            "architecture": f"{seen.architecture} ({seen.model_type})",
+            "layers": f"{seen.layers}, {len(seen.moe_layers)} with experts",
+            "experts": f"{', '.join(map(str, experts))} per layer, {seen.top_k} per token"
+            + (f", in {seen.groups} groups" if seen.groups > 1 else "")
+            + (f", {seen.shared} shared" if seen.shared else ""),
+            "parameters": f"{seen.parameters:,}, {seen.expert_parameters / seen.parameters:.0%} in experts, "
+            f"{seen.active_parameters:,} used per token",
+            "stored as": seen.dtype + (f" ({seen.quantization})" if seen.quantization else ""),
+            "size": f"{console.size(seen.bytes)}, experts {console.size(seen.expert_bytes)}",
+            "memory to stream": f"about {console.size(seen.largest_layer_bytes + 600 * 2**20)} and the hidden states",
+            **{f"size with {what}": console.size(count) for what, count in list(seen.fits.items())[1:]},
+        },
+    )
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method, explained.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """The compression methods, from the program's own table."""
+    from moezip.prune import METHODS
+    from moezip.registry import lookup
+
+    if name is not None:
+        _explain(lookup(name, {method.name: method for method in METHODS}, "method"), as_json)
+        return
+    if as_json:
+        console.data([_method_facts(method) for method in METHODS])
+        return
+    rows = [(m.name, m.family, "text" if m.needs else "none", m.summary, m.paper) for m in METHODS]
+    console.table("", ("method", "family", "data", "what it does", "source"), rows)
+
+
+def _method_facts(method: Method) -> dict[str, Any]:
+    import dataclasses
+
+    return {
+        "name": method.name,
+        "family": method.family,
+        "summary": method.summary,
+        "paper": method.paper,
+        "needs": list(method.needs),
+        "settings": {field.name: field.default for field in dataclasses.fields(method.params)},
+    }
+
+
+def _explain(method: Method, as_json: bool) -> None:
+    import inspect as source
+
+    module = source.getmodule(method.run)
+    text = source.getdoc(module) or method.summary
+    if as_json:
+        console.data({**_method_facts(method), "text": text})
+        return
+    console.out.print(text, markup=False)
+    console.out.print("")
+    settings = _method_facts(method)["settings"]
+    console.pairs("settings (--set KEY=VALUE)", settings)
+    for owner in reversed(method.params.__mro__[:-1]):
+        if owner.__doc__:
+            console.out.print(source.cleandoc(owner.__doc__), markup=False)
+
+
+@app.command()
+def architectures(as_json: Json = False, debug: Debug = False) -> None:
+    """The model families that moezip knows, from its own table."""
+    from moezip.arch.families import ARCHITECTURES
+
+    rows = [
+        {"model_type": entry.name, "scoring": entry.scoring, "groups": bool(entry.group_keys), "notes": entry.notes}
+        for entry in ARCHITECTURES.values()
+    ]
+    if as_json:
+        console.data(rows)
+    else:
+        columns = ("model_type", "scoring", "groups", "notes")
+        console.table("", columns, [[("yes" if row[c] else "no") if c == "groups" else row[c] for c in columns] for row in rows])
+
+
+@app.command()
+def verify(checkpoint: Ckpt, as_json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
+    """Proves a checkpoint complete: every tensor that the config implies, once, finite, checksums right."""
+    from moezip.export.verify import verify as find
+    from moezip.pipeline import open_checkpoint
+
+    folder = open_checkpoint(checkpoint).folder
+    findings = find(folder, deep=True)
+    if as_json:
+        console.data({"ok": not findings, "findings": [{"what": f.what, "where": f.where} for f in findings]})
+    elif findings:
+        console.table("", ("where", "what is wrong"), [(f.where, f.what) for f in findings])
+    else:
+        console.say(f"{folder}: complete and sound", quiet)
+    if findings:
+        raise typer.Exit(1)
+
+
+# -- doing --------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def calibrate(
+    checkpoint: Ckpt,
+    data: Data = None,
+    out: Annotated[Path, typer.Option("--out", help="The statistics file to make.")] = Path("statistics.safetensors"),
+    tokens: Tokens = 65_536,
+    seq_len: SeqLen = None,
+    record: Annotated[list[str] | None, typer.Option("--record", help="Only these statistics. Default all.")] = None,
+    device: Device = "cpu",
+    max_memory: MaxMemory = None,
+    workdir: Workdir = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Runs text through the model once, layer by layer, and saves what its experts did."""
+    from moezip.pipeline import calibrate_command
+
+    if not data:
+        raise UsageError("calibrate needs text", next="give --data PATH, once per domain")
+    with console.watching(quiet) as watch:
+        common = _common(
+            watch, device=device, max_memory=max_memory, workdir=workdir, resume=resume, overwrite=overwrite,
+            seq_len=seq_len,
+        )  # fmt: skip
+        result = calibrate_command(checkpoint, data, out, common, tokens, record)
+    if as_json:
+        console.data(result)
+    elif not quiet:
+        domains = ", ".join(f"{name} {count:,}" for name, count in result["domains"].items())
+        console.say(f"{out}: {result['tokens']:,} tokens ({domains}) in {console.duration(result['seconds'])}")
+        _say_unrouted(result["unrouted"])
+
+
+def _say_unrouted(unrouted: dict[str, int]) -> None:
+    if unrouted:
+        console.say(
+            f"{sum(unrouted.values())} experts in {len(unrouted)} layers saw no token; they rank last. "
+            "More or wider text would tell them apart."
+        )
+
+
+@app.command()
+def prune(
+    checkpoint: Ckpt,
+    out: Out,
+    method: Annotated[str, typer.Option("--method", "-m", help="See `moezip methods`.")] = "easy-ep",
+    keep: Annotated[int | None, typer.Option("--keep", min=1, help="Experts kept in each layer.")] = None,
+    ratio: Annotated[float | None, typer.Option("--ratio", help="Share of the experts removed.")] = None,
+    data: Data = None,
+    stats: Annotated[Path | None, typer.Option("--stats", help="Saved statistics, in place of --data.")] = None,
+    scope: Annotated[str, typer.Option("--scope", help="layer: the same number of experts in every layer.")] = "layer",
+    settings: Set = None,
+    tokens: Tokens = 65_536,
+    seq_len: SeqLen = None,
+    save_stats: Annotated[Path | None, typer.Option("--save-stats", help="Keep the statistics for later.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen; touch nothing.")] = False,
+    plan_only: Annotated[bool, typer.Option("--plan-only", help="Write the plan to OUT, and no weights.")] = False,
+    device: Device = "cpu",
+    max_memory: MaxMemory = None,
+    workdir: Workdir = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Keeps the experts that matter for your text and writes a smaller stock checkpoint."""
+    from moezip.calibrate.data import domains_of
+    from moezip.pipeline import PruneJob, prune_command
+    from moezip.pipeline import dry_run as estimate
+
+    if scope != "layer":
+        raise UsageError(
+            f"--scope {scope} is not there yet", next="this version keeps the same number in every layer: --scope layer"
+        )
+    job = PruneJob(method, keep, ratio, settings_of(settings), domains_of(data, tokens) if data else (), stats)
+    with console.watching(quiet) as watch:
+        common = _common(
+            watch, device=device, max_memory=max_memory, workdir=workdir, resume=resume, overwrite=overwrite,
+            seq_len=seq_len, seed=seed,
+        )  # fmt: skip
+        if dry_run:
+            _show_estimate(estimate(checkpoint, job, common), as_json)
+            return
+        outcome = prune_command(checkpoint, out, job, common, plan_only=plan_only, save_stats=save_stats)
+    _show_outcome(outcome, out, as_json, quiet)
+
+
+def _show_estimate(result: Any, as_json: bool) -> None:
+    import dataclasses
+
+    if as_json:
+        console.data({"dry_run": True, **dataclasses.asdict(result)})
+        return
+    console.pairs(
+        "nothing was touched",
+        {
+            "method": result.method,
+            "experts": f"{result.keep} of {result.experts} stay in each of {result.moe_layers} layers",
+            "size": f"{console.size(result.bytes_before)} to {console.size(result.bytes_after)} "
+            f"({result.bytes_after / result.bytes_before:.0%})",
+            "calibration": f"{result.tokens:,} tokens" if result.tokens else "none",
+            "time": f"about {console.duration(result.seconds)} ({result.assumes})",
+            "memory": f"about {console.size(result.memory_bytes)}",
+        },
+    )
+    if result.kept:
+        console.table("kept", ("layer", "experts"), [(k, " ".join(map(str, v))) for k, v in result.kept.items()])
+
+
+def _show_outcome(outcome: Outcome, out: Path, as_json: bool, quiet: bool) -> None:
+    import dataclasses
+
+    report = outcome.report
+    if report is None:
+        if as_json:
+            console.data({"plan": str(out), "layers": {str(p.layer): list(p.kept) for p in outcome.plan.layers}})
+        else:
+            console.say(f"{out}: the plan; carry it out with `moezip apply CKPT {out} OUT`", quiet)
+        return
+    if as_json:
+        console.data(dataclasses.asdict(report))
+        return
+    if quiet:
+        return
+    protected = "; ".join(f"layer {layer}: {', '.join(map(str, e))}" for layer, e in report.protected.items())
+    console.pairs(
+        str(out),
+        {
+            "experts": f"{report.experts_after[0]} of {report.experts_before[0]} in each of {len(report.experts_after)} layers",
+            "size": f"{console.size(report.bytes_before)} to {console.size(report.bytes_after)} "
+            f"({report.bytes_after / report.bytes_before:.0%}), {report.bits_per_weight:.2f} bits per weight",
+            "super experts kept": protected or "none found",
+            "time": f"{console.duration(report.seconds)} ("
+            + ", ".join(f"{name} {console.duration(seconds)}" for name, seconds in report.stages.items())
+            + ")",
+            "peak memory": console.size(report.peak_rss_bytes),
+            "read by": "transformers, vLLM and whatever reads the source",
+        },
+    )
+    for note in report.notes:
+        console.say(f"note: {note}")
+    _say_unrouted(dict(report.unrouted))
+    console.say(f"measure it: moezip evaluate {out} --against CKPT --data PATH")
+
+
+@app.command()
+def apply(
+    checkpoint: Ckpt,
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json.")],
+    out: Out,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Carries out a saved plan: the same bytes again, with no data."""
+    from moezip.pipeline import apply_command
+
+    with console.watching(quiet) as watch:
+        outcome = apply_command(checkpoint, plan, out, _common(watch, overwrite=overwrite))
+    _show_outcome(outcome, out, as_json, quiet)
+
+
+def main() -> None:
+    """The ``moezip`` command. Exit codes: 0 done, 1 our error, 2 usage, 130 interrupted."""
+    try:
+        app(standalone_mode=False)
+    except MoezipError as error:
+        if "--debug" in sys.argv:
+            raise
+        console.fail(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        console.talk.print("interrupted; nothing half-written was left. The same command with --resume goes on.")
+        sys.exit(130)
