@@ -241,11 +241,8 @@ class Staging:
             partial = path.with_name(f".{path.name}.part")
             descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
 
-            def inspect(spec: TensorSpec | None, piece: memoryview) -> None:
-                digest.update(piece)
-                finite.update(spec, piece)
-
-            def write(piece: memoryview) -> None:
+            def write(spec: TensorSpec | None, piece: memoryview) -> None:
+                finite.update(spec, piece)  # here, because hashing is the slower of the two threads
                 done = 0
                 while done < len(piece):
                     done += os.write(descriptor, piece[done:])
@@ -260,7 +257,7 @@ class Staging:
                     if not piece.nbytes:
                         continue  # memoryview.cast refuses empty views
                     flat = piece.cast("B")
-                    in_flight.append((hashing.submit(inspect, spec, flat), writing.submit(write, flat)))
+                    in_flight.append((hashing.submit(digest.update, flat), writing.submit(write, spec, flat)))
                     settle(IN_FLIGHT)
                     self._written += len(flat)
                     if progress is not None and spec is not None:
