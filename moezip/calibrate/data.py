@@ -129,7 +129,7 @@ def token_stream(file: Path, tokenizer: Any, limit: int | None = None) -> list[i
     end, blank = tokenizer.eos_token_id, True
     for text in documents(file, tokenizer):
         blank = blank and not text.strip()
-        ids += tokenizer(text, add_special_tokens=False).input_ids
+        ids += tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         if end is not None:
             ids.append(end)
         if limit is not None and len(ids) >= limit:
