@@ -1,0 +1,118 @@
+"""What an evaluation found, in nats per token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """Negative log-likelihood of a text.
+
+    Attributes:
+        nll: mean over the scored tokens, nats per token.
+        tokens: how many tokens were scored (the first of each window is not).
+    """
+
+    nll: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nll); infinite where that is beyond a float."""
+        return math.exp(self.nll) if self.nll < 709 else math.inf
+
+    def to_json(self) -> dict[str, Any]:
+        """``nll``, ``perplexity`` (null where infinite), ``tokens``."""
+        perplexity = self.perplexity
+        return {
+            "nll": self.nll,
+            "perplexity": perplexity if math.isfinite(perplexity) else None,
+            "tokens": self.tokens,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """How far a model is from a reference on the same tokens.
+
+    Attributes:
+        kl: mean KL(reference || model), nats per token.
+        top1_agreement: share of tokens for which both find the same token likeliest.
+        nll: the reference's own loss, nats per token.
+    """
+
+    kl: float
+    top1_agreement: float
+    nll: float
+
+    def to_json(self) -> dict[str, Any]:
+        """``kl``, ``top1_agreement``, ``nll``."""
+        return {"kl": self.kl, "top1_agreement": self.top1_agreement, "nll": self.nll}
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Share ``accuracy`` of ``n`` questions answered rightly."""
+
+    accuracy: float
+    n: int
+
+    def to_json(self) -> dict[str, Any]:
+        """``accuracy``, ``n``."""
+        return {"accuracy": self.accuracy, "n": self.n}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of a printed table: a file, or all of them. What was not measured is None."""
+
+    name: str
+    loss: Loss
+    divergence: Divergence | None
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Losses, divergences and scores of one model.
+
+    Attributes:
+        loss: over all files, each token counting once; None if no text was given.
+        by_file: per file, under its stem.
+        against: over all files; None without a reference.
+        against_by_file: per file; empty without a reference.
+        tasks: per task file, under its stem.
+        seq_len: tokens per window.
+    """
+
+    loss: Loss | None
+    seq_len: int
+    by_file: Mapping[str, Loss] = field(default_factory=dict)
+    against: Divergence | None = None
+    against_by_file: Mapping[str, Divergence] = field(default_factory=dict)
+    tasks: Mapping[str, Score] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON of ``moezip evaluate --json``; ``against`` and the loss are null where not measured."""
+        loss = {"nll": None, "perplexity": None, "tokens": 0} if self.loss is None else self.loss.to_json()
+        against = None
+        if self.against is not None:
+            by_file = {name: found.to_json() for name, found in self.against_by_file.items()}
+            against = {**self.against.to_json(), "by_file": by_file}
+        return {
+            **loss,
+            "seq_len": self.seq_len,
+            "by_file": {name: found.to_json() for name, found in self.by_file.items()},
+            "against": against,
+            "tasks": {name: found.to_json() for name, found in self.tasks.items()},
+        }
+
+    def rows(self) -> list[Row]:
+        """For a table: one line per file and, where there are several, one named ``all``."""
+        found = [Row(name, loss, self.against_by_file.get(name)) for name, loss in self.by_file.items()]
+        if len(found) > 1 and self.loss is not None:
+            found.append(Row("all", self.loss, self.against))
+        return found
