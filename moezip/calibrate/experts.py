@@ -3,17 +3,27 @@
 Running the experts once for the output and once for the statistics would halve the speed, and hooks cannot see
 single experts inside a fused module. transformers calls this function in place of its own (``eager`` and
 ``grouped_mm`` are the twins that the tests compare it with).
+
+On the CPU experts are shared out over threads that compute alone, one expert at a time. Splitting every single
+operation over the cores was tried first: the operations are short, every one ends in a barrier, and on a machine that
+does anything else besides, the barriers took most of the time.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
 IMPLEMENTATION = "moezip"
+# Tokens whose weighted outputs are gathered at a time.
+CHUNK = 512
 
 
 @dataclass(slots=True)
@@ -41,49 +51,101 @@ def experts_forward(
         hidden_states: [T, D]. top_k_index, top_k_weights: [T, k], from the model's own router.
 
     Returns:
-        [T, D] in the dtype of ``hidden_states``, summed in float32. If ``self`` carries a ``Routed`` as
-        ``_moezip_routed``, norms and peaks of the unweighted outputs are left there.
+        [T, D] in the dtype of ``hidden_states``; products and sums over the k experts are rounded as ``grouped_mm``
+        rounds them. If ``self`` carries a ``Routed`` as ``_moezip_routed``, the norms and peaks of the unweighted
+        outputs are left there.
     """
     import torch
-    import torch.nn.functional as F
 
     tokens, top_k = top_k_index.shape
     flat = top_k_index.reshape(-1)
     order = torch.argsort(flat, stable=True)
-    ends = torch.bincount(flat, minlength=self.num_experts).cumsum(0).tolist()
+    counts = torch.bincount(flat, minlength=self.num_experts).tolist()[: self.num_experts]
     routed: Routed | None = getattr(self, "_moezip_routed", None)
-    norms = torch.zeros(tokens * top_k, dtype=torch.float32, device=flat.device)
+    rows = order // top_k
+    outputs = hidden_states.new_zeros(tokens * top_k, hidden_states.shape[1])
+    sorted_norms = torch.zeros(tokens * top_k, dtype=torch.float32, device=flat.device)
     peaks = torch.zeros(self.num_experts, dtype=torch.float32, device=flat.device)
-    gates = top_k_weights.reshape(-1)
-    output = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
-    start = 0
-    for expert, end in enumerate(ends[: self.num_experts]):
-        if end == start:
-            continue
-        slots = order[start:end]
-        start = end
-        rows = slots // top_k
-        inner = F.linear(hidden_states[rows], *_matrix(self, "gate_up_proj" if self.has_gate else "up_proj", expert))
+
+    def run(part: tuple[int, int, int]) -> None:
+        expert, start, stop = part
+        inner = _linear(self, "gate_up_proj" if self.has_gate else "up_proj", expert, hidden_states[rows[start:stop]])
         inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
-        out = F.linear(inner, *_matrix(self, "down_proj", expert))
+        out = outputs[start:stop]
+        out.copy_(_linear(self, "down_proj", expert, inner))
         if routed is not None:
-            norms[slots] = torch.linalg.vector_norm(out, dim=-1, dtype=torch.float32)
-            real = out if routed.valid is None else out[routed.valid[rows]]
+            torch.linalg.vector_norm(out, dim=-1, dtype=torch.float32, out=sorted_norms[start:stop])
+            real = out if routed.valid is None else out[routed.valid[rows[start:stop]]]
             if real.numel():
                 low, high = torch.aminmax(real)
                 peaks[expert] = torch.maximum(high, -low)
-        output.index_add_(0, rows, (out * gates[slots, None]).float())
-    result = output.to(hidden_states.dtype)
+
+    parts, start = [], 0
+    for expert, count in enumerate(counts):
+        if count:
+            parts.append((expert, start, start + count))
+            start += count
+    # the busiest experts first, so that no thread is left with one at the end
+    _share_out(run, sorted(parts, key=lambda part: part[1] - part[2]), hidden_states)
+
+    places = torch.empty_like(order)
+    places[order] = torch.arange(order.numel(), device=order.device)
+    result = torch.empty_like(hidden_states)
+
+    def gather(begin: int) -> None:
+        end = min(begin + CHUNK, tokens)
+        chosen = outputs[places[begin * top_k : end * top_k]].view(end - begin, top_k, -1)
+        result[begin:end] = (chosen * top_k_weights[begin:end, :, None]).sum(dim=1)
+
+    _share_out(gather, range(0, tokens, CHUNK), hidden_states)
     if routed is not None:
-        routed.ids, routed.gates = top_k_index, top_k_weights
-        routed.norms, routed.peaks, routed.output = norms.view(tokens, top_k), peaks, result
+        routed.ids, routed.gates, routed.peaks, routed.output = top_k_index, top_k_weights, peaks, result
+        routed.norms = sorted_norms[places].view(tokens, top_k)
     return result
 
 
-def _matrix(module: Any, name: str, expert: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _linear(module: Any, name: str, expert: int, value: torch.Tensor) -> torch.Tensor:
+    import torch.nn.functional as F
+
     weight = getattr(module, name)[expert]
     bias = getattr(module, f"{name}_bias")[expert] if module.has_bias else None
-    return (weight.T if module.is_transposed else weight), bias
+    return F.linear(value, weight.T if module.is_transposed else weight, bias)
+
+
+def _share_out(work: Callable[[Any], None], items: Iterable[Any], like: torch.Tensor) -> None:
+    """Runs ``work`` on every item: over threads on the CPU, in turn where gradients are wanted or on a device.
+
+    Items write to places of their own, so the result does not depend on who does what.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    if like.device.type != "cpu" or threads == 1 or torch.is_grad_enabled():
+        for item in items:
+            work(item)
+        return
+    queue, lock, inference = iter(items), threading.Lock(), torch.is_inference_mode_enabled()
+
+    def drain() -> None:
+        # grad modes are per thread, so every worker enters its own
+        with torch.inference_mode(inference), torch.no_grad():
+            while True:
+                with lock:
+                    item = next(queue, None)
+                if item is None:
+                    return
+                work(item)
+
+    for future in [_workers(threads).submit(drain) for _ in range(threads)]:
+        future.result()
+
+
+@cache
+def _workers(count: int) -> ThreadPoolExecutor:
+    """Threads whose operations stay on one core each."""
+    import torch
+
+    return ThreadPoolExecutor(count, "moezip-expert", initializer=torch.set_num_threads, initargs=(1,))
 
 
 def register() -> str:
