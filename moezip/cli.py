@@ -386,15 +386,26 @@ def apply(
     _show_outcome(outcome, out, as_json, quiet)
 
 
+# typer carries a click of its own in new versions and uses the installed one in old ones; either way a wrong command
+# line is raised as this.
+_Wrong: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+
 def main() -> None:
     """The ``moezip`` command. Exit codes: 0 done, 1 our error, 2 usage, 130 interrupted."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
     except MoezipError as error:
         if "--debug" in sys.argv:
             raise
         console.fail(error)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        console.talk.print("interrupted; nothing half-written was left. The same command with --resume goes on.")
-        sys.exit(130)
+        code = error.exit_code
+    except _Wrong as error:
+        error.show()
+        code = 2
+    except (KeyboardInterrupt, typer.Abort):
+        console.talk.print(
+            "interrupted: nothing half-written was left. The same command with --resume goes on where it can."
+        )
+        code = 130
+    sys.exit(code or 0)

@@ -60,14 +60,14 @@ def calibrate(
     states = stream.embed(rows)
     try:
         if saved is not None and resume:
-            first = saved.restore(states, capture)
+            first, stream.micro_rows = saved.restore(states, capture, stream.micro_rows)
         last_save = time.monotonic()
         total = len(stream.layers)
         watch(Progress("calibrate", first, total, tokens=rows.tokens()))
         for index in stream.run(rows, states, first=first, capture=capture):
             watch(Progress("calibrate", index + 1, total, tokens=rows.tokens()))
             if saved is not None and index + 1 < total and time.monotonic() - last_save >= save_every:
-                saved.save(index + 1, states, capture)
+                saved.save(index + 1, states, capture, stream.rows_per_step(rows.ids.shape[1]))
                 last_save = time.monotonic()
     finally:
         states.close()
@@ -80,14 +80,13 @@ def calibrate(
 
 
 def _job(source: Source, rows: Rows, records: Sequence[Record], stream: Stream) -> str:
-    """Digest of everything that the sums depend on, down to the micro-batches."""
+    """Digest of everything that the sums depend on; the size of the micro-batches is saved beside them."""
     parts = [
         source.fingerprint,
         rows.fingerprint(),
         repr(rows.domains),
         repr([record.name for record in records]),
         str(stream.skeleton.dtype),
-        repr(stream.steps(rows)),
     ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -102,21 +101,25 @@ class Saved:
     def _state(self) -> Path:
         return self.folder / "progress.json"
 
-    def save(self, layer: int, states: HiddenStates, capture: Capture) -> None:
-        """Makes ``layer`` the place to go on from."""
+    def save(self, layer: int, states: HiddenStates, capture: Capture, micro_rows: int) -> None:
+        """Makes ``layer`` the place to go on from, with the same micro-batches."""
         self.folder.mkdir(parents=True, exist_ok=True)
         states.save(self.folder / f"hidden-{layer}.bin")
         sums = tuple(Domain(name, (), 0, layers) for name, layers in capture.sums.items())
         Statistics(self.job, sums).save(self.folder / f"sums-{layer}.safetensors")
         temporary = self._state.with_suffix(".part")
-        temporary.write_text(json.dumps({"job": self.job, "next_layer": layer}))
+        temporary.write_text(json.dumps({"job": self.job, "next_layer": layer, "micro_rows": micro_rows}))
         temporary.replace(self._state)
         self._forget(keep=layer)
 
-    def restore(self, states: HiddenStates, capture: Capture) -> int:
-        """The layer to go on from, 0 if nothing was saved. Raises MoezipError if it was another job."""
+    def restore(self, states: HiddenStates, capture: Capture, micro_rows: int | None) -> tuple[int, int | None]:
+        """The layer to go on from and the rows per micro-batch; 0 and ``micro_rows`` if nothing was saved.
+
+        Raises:
+            MoezipError: what was saved is of another job.
+        """
         if not self._state.exists():
-            return 0
+            return 0, micro_rows
         state = json.loads(self._state.read_text())
         if state["job"] != self.job:
             raise MoezipError(
@@ -130,7 +133,7 @@ class Saved:
         capture.sums = {
             domain.name: {i: dict(named) for i, named in domain.layers.items()} for domain in sums.domains
         }
-        return layer
+        return layer, int(state["micro_rows"])
 
     def _forget(self, keep: int | None) -> None:
         for pattern in ("hidden-*.bin", "sums-*.safetensors"):

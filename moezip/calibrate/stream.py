@@ -27,9 +27,12 @@ if TYPE_CHECKING:
 # Memory that a process needs before any weight is read: interpreter, torch, transformers, and the temporaries of one
 # micro-batch. Measured: 380 MB after building a meta model, the rest is headroom for the micro-batch.
 BASE_BYTES = 600 * 2**20
-# What the temporaries of one micro-batch may take, and their rough size in hidden-state widths per token:
-# residual, norm, q, k, v, attention output, expert inputs and outputs, float32 sum of the experts.
+# What the temporaries of one micro-batch may take: the smaller figure is part of BASE_BYTES; where the ceiling leaves
+# room, up to the larger, because more tokens per expert make larger and so faster products.
 ACTIVATION_BYTES = 128 * 2**20
+MAX_ACTIVATION_BYTES = 512 * 2**20
+# Their rough size in hidden-state widths per token (residual, norm, q, k, v, attention output, ...), and on top of it
+# one width for each of the k chosen experts' outputs.
 WIDTHS_PER_TOKEN = 14
 MAX_MICRO_TOKENS = 16_384
 # Positions whose logits exist at one time.
@@ -140,16 +143,25 @@ class Stream:
 
     # -- passes ---------------------------------------------------------------------------------------------
 
+    @property
+    def activation_bytes(self) -> int:
+        """What the temporaries of one micro-batch may take."""
+        room = self.max_memory - BASE_BYTES - self.layer_bytes
+        return max(min(room // 8, MAX_ACTIVATION_BYTES), ACTIVATION_BYTES)
+
     def hidden_budget(self) -> int:
-        """Bytes of hidden states that may stay in memory beside one layer."""
-        return max(self.max_memory - BASE_BYTES - self.layer_bytes, 0)
+        """Bytes of hidden states that may stay in memory beside one layer and one micro-batch."""
+        extra = self.activation_bytes - ACTIVATION_BYTES
+        return max(self.max_memory - BASE_BYTES - self.layer_bytes - extra, 0)
 
     def rows_per_step(self, width: int) -> int:
         """Rows of ``width`` tokens per micro-batch."""
         if self.micro_rows:
             return self.micro_rows
-        per_token = self.skeleton.config.hidden_size * self.skeleton.dtype.itemsize * WIDTHS_PER_TOKEN
-        return max(min(ACTIVATION_BYTES // per_token, MAX_MICRO_TOKENS) // width, 1)
+        entry, config = self.skeleton.architecture, self.source.config
+        widths = WIDTHS_PER_TOKEN + entry.integer(config, entry.top_k_key)
+        per_token = entry.integer(config, entry.hidden_key) * self.skeleton.dtype.itemsize * widths
+        return max(min(self.activation_bytes // per_token, MAX_MICRO_TOKENS) // width, 1)
 
     def steps(self, rows: Rows) -> list[tuple[int, int]]:
         """Micro-batches as row ranges; none crosses a domain."""

@@ -104,7 +104,14 @@ def evaluate(
             model.load_head()
             questions.greedy.take(outcomes(model, asked, groups, states))
             close(states)
+    for each in (model, reference):
+        if each is not None:  # the stream's closures form cycles, so its weights would outlive it for a while
+            each.skeleton.free([*each.skeleton.outer_targets(), *_layer_targets(each)])
     return _result(text, sums, reference is not None, questions.scores(), length)
+
+
+def _layer_targets(stream: Stream) -> list[str]:
+    return [name for layer in range(len(stream.layers)) for name in stream.skeleton.layer_targets(layer)]
 
 
 def _window_length(
