@@ -74,8 +74,9 @@ def experts_forward(
         out = outputs[start:stop]
         out.copy_(_linear(self, "down_proj", expert, inner))
         if routed is not None:
-            torch.linalg.vector_norm(out, dim=-1, dtype=torch.float32, out=sorted_norms[start:stop])
-            real = out if routed.valid is None else out[routed.valid[rows[start:stop]]]
+            seen = out.detach()
+            torch.linalg.vector_norm(seen, dim=-1, dtype=torch.float32, out=sorted_norms[start:stop])
+            real = seen if routed.valid is None else seen[routed.valid[rows[start:stop]]]
             if real.numel():
                 low, high = torch.aminmax(real)
                 peaks[expert] = torch.maximum(high, -low)
