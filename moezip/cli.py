@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moezip import __version__, console
+from moezip.console import results
 from moezip.errors import MoezipError, UsageError
 
 if TYPE_CHECKING:
-    from moezip.pipeline import Common, Outcome, PruneJob
+    from moezip.pipeline import Common
     from moezip.progress import Watch
-    from moezip.registry import Method
 
 app = typer.Typer(
     name="moezip",
@@ -59,7 +59,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def top(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version.")
+    ] = False,
 ) -> None:
     """Options of the program itself."""
 
@@ -112,23 +114,7 @@ def inspect(checkpoint: Ckpt, as_json: Json = False, debug: Debug = False) -> No
     if as_json:
         console.data(seen.to_json())
         return
-    experts = sorted(set(seen.experts))
-    console.pairs(
-        checkpoint,
-        {
-            "architecture": f"{seen.architecture} ({seen.model_type})",
-            "layers": f"{seen.layers}, {len(seen.moe_layers)} with experts",
-            "experts": f"{', '.join(map(str, experts))} per layer, {seen.top_k} per token"
-            + (f", in {seen.groups} groups" if seen.groups > 1 else "")
-            + (f", {seen.shared} shared" if seen.shared else ""),
-            "parameters": f"{seen.parameters:,}, {seen.expert_parameters / seen.parameters:.0%} in experts, "
-            f"{seen.active_parameters:,} used per token",
-            "stored as": seen.dtype + (f" ({seen.quantization})" if seen.quantization else ""),
-            "size": f"{console.size(seen.bytes)}, experts {console.size(seen.expert_bytes)}",
-            "memory to stream": f"about {console.size(seen.largest_layer_bytes + 600 * 2**20)} and the hidden states",
-            **{f"size with {what}": console.size(count) for what, count in list(seen.fits.items())[1:]},
-        },
-    )
+    results.show_overview(checkpoint, seen)
 
 
 @app.command()
@@ -142,43 +128,13 @@ def methods(
     from moezip.registry import lookup
 
     if name is not None:
-        _explain(lookup(name, {method.name: method for method in METHODS}, "method"), as_json)
+        results.explain(lookup(name, {method.name: method for method in METHODS}, "method"), as_json)
         return
     if as_json:
-        console.data([_method_facts(method) for method in METHODS])
+        console.data([results.method_facts(method) for method in METHODS])
         return
     rows = [(m.name, m.family, "text" if m.needs else "none", m.summary, m.paper) for m in METHODS]
     console.table("", ("method", "family", "data", "what it does", "source"), rows)
-
-
-def _method_facts(method: Method) -> dict[str, Any]:
-    import dataclasses
-
-    return {
-        "name": method.name,
-        "family": method.family,
-        "summary": method.summary,
-        "paper": method.paper,
-        "needs": list(method.needs),
-        "settings": {field.name: field.default for field in dataclasses.fields(method.params)},
-    }
-
-
-def _explain(method: Method, as_json: bool) -> None:
-    import inspect as source
-
-    module = source.getmodule(method.run)
-    text = source.getdoc(module) or method.summary
-    if as_json:
-        console.data({**_method_facts(method), "text": text})
-        return
-    console.out.print(text, markup=False)
-    console.out.print("")
-    settings = _method_facts(method)["settings"]
-    console.pairs("settings (--set KEY=VALUE)", settings)
-    for owner in reversed(method.params.__mro__[:-1]):
-        if owner.__doc__:
-            console.out.print(source.cleandoc(owner.__doc__), markup=False)
 
 
 @app.command()
@@ -194,7 +150,9 @@ def architectures(as_json: Json = False, debug: Debug = False) -> None:
         console.data(rows)
     else:
         columns = ("model_type", "scoring", "groups", "notes")
-        console.table("", columns, [[("yes" if row[c] else "no") if c == "groups" else row[c] for c in columns] for row in rows])
+        console.table(
+            "", columns, [[("yes" if row[c] else "no") if c == "groups" else row[c] for c in columns] for row in rows]
+        )
 
 
 @app.command()
@@ -251,15 +209,7 @@ def calibrate(
     elif not quiet:
         domains = ", ".join(f"{name} {count:,}" for name, count in result["domains"].items())
         console.say(f"{out}: {result['tokens']:,} tokens ({domains}) in {console.duration(result['seconds'])}")
-        _say_unrouted(result["unrouted"])
-
-
-def _say_unrouted(unrouted: dict[str, int]) -> None:
-    if unrouted:
-        console.say(
-            f"{sum(unrouted.values())} experts in {len(unrouted)} layers saw no token; they rank last. "
-            "More or wider text would tell them apart."
-        )
+        results.say_unrouted(result["unrouted"])
 
 
 @app.command()
@@ -304,68 +254,10 @@ def prune(
             seq_len=seq_len, seed=seed,
         )  # fmt: skip
         if dry_run:
-            _show_estimate(estimate(checkpoint, job, common), as_json)
+            results.show_estimate(estimate(checkpoint, job, common), as_json)
             return
         outcome = prune_command(checkpoint, out, job, common, plan_only=plan_only, save_stats=save_stats)
-    _show_outcome(outcome, out, as_json, quiet)
-
-
-def _show_estimate(result: Any, as_json: bool) -> None:
-    import dataclasses
-
-    if as_json:
-        console.data({"dry_run": True, **dataclasses.asdict(result)})
-        return
-    console.pairs(
-        "nothing was touched",
-        {
-            "method": result.method,
-            "experts": f"{result.keep} of {result.experts} stay in each of {result.moe_layers} layers",
-            "size": f"{console.size(result.bytes_before)} to {console.size(result.bytes_after)} "
-            f"({result.bytes_after / result.bytes_before:.0%})",
-            "calibration": f"{result.tokens:,} tokens" if result.tokens else "none",
-            "time": f"about {console.duration(result.seconds)} ({result.assumes})",
-            "memory": f"about {console.size(result.memory_bytes)}",
-        },
-    )
-    if result.kept:
-        console.table("kept", ("layer", "experts"), [(k, " ".join(map(str, v))) for k, v in result.kept.items()])
-
-
-def _show_outcome(outcome: Outcome, out: Path, as_json: bool, quiet: bool) -> None:
-    import dataclasses
-
-    report = outcome.report
-    if report is None:
-        if as_json:
-            console.data({"plan": str(out), "layers": {str(p.layer): list(p.kept) for p in outcome.plan.layers}})
-        else:
-            console.say(f"{out}: the plan; carry it out with `moezip apply CKPT {out} OUT`", quiet)
-        return
-    if as_json:
-        console.data(dataclasses.asdict(report))
-        return
-    if quiet:
-        return
-    protected = "; ".join(f"layer {layer}: {', '.join(map(str, e))}" for layer, e in report.protected.items())
-    console.pairs(
-        str(out),
-        {
-            "experts": f"{report.experts_after[0]} of {report.experts_before[0]} in each of {len(report.experts_after)} layers",
-            "size": f"{console.size(report.bytes_before)} to {console.size(report.bytes_after)} "
-            f"({report.bytes_after / report.bytes_before:.0%}), {report.bits_per_weight:.2f} bits per weight",
-            "super experts kept": protected or "none found",
-            "time": f"{console.duration(report.seconds)} ("
-            + ", ".join(f"{name} {console.duration(seconds)}" for name, seconds in report.stages.items())
-            + ")",
-            "peak memory": console.size(report.peak_rss_bytes),
-            "read by": "transformers, vLLM and whatever reads the source",
-        },
-    )
-    for note in report.notes:
-        console.say(f"note: {note}")
-    _say_unrouted(dict(report.unrouted))
-    console.say(f"measure it: moezip evaluate {out} --against CKPT --data PATH")
+    results.show_outcome(outcome, out, as_json, quiet)
 
 
 @app.command()
@@ -383,7 +275,88 @@ def apply(
 
     with console.watching(quiet) as watch:
         outcome = apply_command(checkpoint, plan, out, _common(watch, overwrite=overwrite))
-    _show_outcome(outcome, out, as_json, quiet)
+    results.show_outcome(outcome, out, as_json, quiet)
+
+
+@app.command()
+def evaluate(
+    checkpoint: Ckpt,
+    against: Annotated[
+        str | None, typer.Option("--against", help="A reference checkpoint, usually the source.")
+    ] = None,
+    data: Data = None,
+    tasks: Annotated[list[Path] | None, typer.Option("--tasks", help="Questions: .jsonl or a folder of them.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", min=2, help="At most this many per file. Default all.")
+    ] = None,
+    seq_len: SeqLen = None,
+    device: Device = "cpu",
+    max_memory: MaxMemory = None,
+    workdir: Workdir = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measures a checkpoint, streamed: loss on text, divergence from a reference, task accuracy."""
+    from moezip.pipeline import evaluate_command
+
+    with console.watching(quiet) as watch:
+        common = _common(watch, device=device, max_memory=max_memory, workdir=workdir, seq_len=seq_len)
+        result = evaluate_command(
+            checkpoint, common, against=against, data=data or (), tasks=tasks or (), tokens=tokens
+        )
+    if as_json:
+        console.data(result.to_json())
+        return
+    results.show_evaluation(result)
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe.yaml.")],
+    only: Annotated[str | None, typer.Option("--only", help="One job, and what it needs.")] = None,
+    settings: Set = None,
+    device: Device = "cpu",
+    max_memory: MaxMemory = None,
+    workdir: Workdir = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Runs a batch of jobs from a recipe; finished ones are skipped, interrupted ones go on."""
+    from moezip.pipeline.batch import run_recipe
+    from moezip.recipe import load
+
+    loaded = load(recipe, settings_of(settings))
+    with console.watching(quiet) as watch:
+        found = run_recipe(loaded, _common(watch, device=device, max_memory=max_memory, workdir=workdir), only)
+    results.show_jobs(found, as_json, quiet)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder for what the demo makes.")] = Path(
+        "moezip-demo"
+    ),
+    device: Device = "cpu",
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """The main job on a small trained model that comes with the package: calibrate, prune to half, measure."""
+    from moezip import demo as shipped
+    from moezip.pipeline.batch import run_recipe
+    from moezip.recipe import load
+
+    loaded = load(shipped.recipe(), {"output": str(out)})
+    console.say("The demo model reads scripture, country profiles, Python and sums. Half of its 16 experts per layer "
+                "go, once chosen for Python by EASY-EP, once by lot.", quiet or as_json)  # fmt: skip
+    with console.watching(quiet) as watch:
+        found = run_recipe(loaded, _common(watch, device=device))
+    if as_json:
+        results.show_jobs(found, as_json, quiet)
+        return
+    results.show_demo(found, loaded.calibration, out, quiet)
 
 
 # typer carries a click of its own in new versions and uses the installed one in old ones; either way a wrong command

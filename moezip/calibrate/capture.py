@@ -28,7 +28,9 @@ class Capture:
         scale: factor on the routed output as it joins the residual stream.
     """
 
-    def __init__(self, architecture: Architecture, facts: Sequence[LayerFacts], records: Sequence[Record], scale: float):
+    def __init__(
+        self, architecture: Architecture, facts: Sequence[LayerFacts], records: Sequence[Record], scale: float
+    ):
         self.architecture, self.records, self.scale = architecture, records, scale
         self.facts = {fact.layer: fact for fact in facts}
         self.sums: dict[str, dict[int, dict[str, Array]]] = {}

@@ -50,6 +50,7 @@ class HiddenStates:
         import numpy as np
         import torch
 
+        assert self.file is not None
         view = np.memmap(
             self.file, np.uint8, "r+", offset=start * self.row_bytes, shape=((stop - start) * self.row_bytes,)
         )  # fmt: skip

@@ -292,7 +292,7 @@ class Stream:
         self.skeleton.free(self.skeleton.head_targets())
 
     def logits(self, rows: Rows, states: HiddenStates, row: int, positions: torch.Tensor) -> torch.Tensor:
-        """Logits [len(positions), V] of one row, from the last layer's output, through the model's own norm and head."""
+        """Logits [len(positions), V] of one row, from the last layer's output, by the model's own norm and head."""
         mask = None if rows.mask is None else rows.mask[row : row + 1]
         hidden = states.read(row, row + 1).to(self.device)
         turn = len(self.layers)

@@ -50,5 +50,6 @@ def weight_statistics(
         found[fact.layer] = {
             name: lookup(name, WEIGHT_RECORDS, "weight statistic")(plain, architecture, fact) for name in names
         }
-        watch(Progress("read weights", number, len(facts)))
+        if names:
+            watch(Progress("read weights", number, len(facts)))
     return found

@@ -244,10 +244,10 @@ def _measure(
     import torch
 
     sums = {name: _Sums() for name in text.names}
-    limit = model.head_chunk()
+    # logits, their float32 copy and log-softmax exist side by side, and those of the reference beside them
+    limit = max(model.head_chunk() // (2 if reference is None else 3), 1)
     if reference is not None:
         reference.load_head()
-        limit = max(limit // 2, 1)  # two models' logits at a time
     for batch in batches(text.items, groups, limit):
         ours = logits(model, text.items, states, batch).log_softmax(-1)
         tokens = targets(text.items, batch, ours.device)[:, None]

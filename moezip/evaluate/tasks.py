@@ -272,7 +272,7 @@ def outcomes(
     """The predictions of every item, a chunk of positions at a time. The head must be loaded."""
     logprobs: list[list[float]] = [[] for _ in items]
     likeliest: list[list[int]] = [[] for _ in items]
-    for batch in batches(items, groups, stream.head_chunk()):
+    for batch in batches(items, groups, max(stream.head_chunk() // 2, 1)):
         scores = logits(stream, items, states, batch)
         tokens = targets(items, batch, scores.device).clamp_min(0)[:, None]
         found = (scores.gather(1, tokens)[:, 0] - scores.logsumexp(-1)).tolist()

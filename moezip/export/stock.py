@@ -1,4 +1,4 @@
-"""Writes a checkpoint that stock loaders read, with its plan, report and manifest, proved complete before it appears."""
+"""Writes a checkpoint that stock loaders read, with plan, report and manifest, proved complete before it appears."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CARD = "README.md"
 
 
 def config_bytes(source: Source) -> bytes:
-    """``config.json`` of ``source``: the file's own bytes where nothing changed, else the same keys in the same order."""
+    """``config.json`` of ``source``: the file's own bytes where nothing changed, else its keys in their order."""
     raw = (source.folder / "config.json").read_bytes()
     if json.loads(raw) == source.config:
         return raw

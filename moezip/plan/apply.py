@@ -94,7 +94,7 @@ class Applied:
         if view.entries is not None:
             if len(shape) <= view.axis or shape[view.axis] <= max(view.entries):
                 raise PlanError(
-                    f"{view.origin} has shape {shape}; the plan keeps expert {max(view.entries)} of its axis {view.axis}",
+                    f"{view.origin} has shape {shape}; the plan keeps entry {max(view.entries)} of axis {view.axis}",
                     where=self._source.folder,
                 )
             shape = (*shape[: view.axis], len(view.entries), *shape[view.axis + 1 :])

@@ -246,8 +246,8 @@ def require_groups(fact: LayerFacts, kept: Sequence[int], where: object = None) 
     in_place = all(expert // size == place // each for place, expert in enumerate(kept))
     if len(set(counts)) > 1 or not in_place:
         raise PlanError(
-            f"layer {fact.layer}: the router's {fact.groups} groups would keep {counts} experts; a loader cuts the list "
-            f"into {fact.groups} equal groups and would mix them up",
+            f"layer {fact.layer}: the router's {fact.groups} groups would keep {counts} experts; a loader cuts the "
+            f"list into {fact.groups} equal groups and would mix them up",
             where=where,
             next="keep the same number in every group, groups in order",
         )

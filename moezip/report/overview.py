@@ -61,7 +61,7 @@ def overview(source: Source) -> Overview:
     for spec in (plain.spec(name) for name in plain.names()):
         kind = entry.claim(spec.name, config).kind
         sizes["experts" if kind in ("expert", "fused") else kind] += spec.elements
-        head, _, rest = spec.name.partition(f"{entry.layers}.")
+        _, _, rest = spec.name.partition(f"{entry.layers}.")
         if rest and kind != "extra":
             layer_sizes[rest.partition(".")[0]] += spec.bytes
     bytes_by_dtype: Counter[str] = Counter()

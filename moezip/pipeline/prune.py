@@ -1,25 +1,23 @@
-"""The order of the stages. Each command is one function here: words go in as typed options, a record comes out."""
+"""``moezip prune`` and ``moezip apply``: decide, then cut."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moezip import __version__
-from moezip.arch.experts import check_shapes, decoded
-from moezip.arch.families import identify
-from moezip.arch.spec import Architecture, LayerFacts
+from moezip.arch.experts import decoded
+from moezip.arch.spec import LayerFacts
 from moezip.checkpoint.reader import Checkpoint
 from moezip.checkpoint.source import Source
-from moezip.errors import CheckpointError, PlanError, StatisticsError, UsageError
+from moezip.errors import PlanError, StatisticsError, UsageError
 from moezip.export.stock import tensor_bytes, write_checkpoint
+from moezip.pipeline.calibrate import run_calibration, unrouted
+from moezip.pipeline.common import Clock, Common, Opened, opened, refuse_output
 from moezip.plan.apply import Applied
 from moezip.plan.plan import Plan, require_keepable
-from moezip.progress import Watch, unwatched
 from moezip.registry import Method, lookup, parse_params
 from moezip.report.report import Report, peak_rss_bytes
 
@@ -28,162 +26,6 @@ if TYPE_CHECKING:
     from moezip.calibrate.statistics import Array, Statistics
 
 NO_PRICE = "this method ranks experts but gives no price in nats"
-
-
-@dataclass(frozen=True, slots=True)
-class Common:
-    """Options that every command shares.
-
-    Attributes:
-        device: where layers are computed.
-        max_memory: ceiling of the process in bytes, None for 80 % of what is free.
-        workdir: for interrupted passes and spilled hidden states; None puts it beside the output.
-        resume: go on from an interrupted pass.
-        overwrite: replace an existing output.
-        seed: the only source of chance.
-        seq_len: window in tokens, None for min(2048, the model's maximum).
-        command: as typed, for the manifest.
-        watch: told of every step.
-    """
-
-    device: str = "cpu"
-    max_memory: int | None = None
-    workdir: Path | None = None
-    resume: bool = False
-    overwrite: bool = False
-    seed: int = 0
-    seq_len: int | None = None
-    command: str = ""
-    watch: Watch = unwatched
-
-
-@dataclass(slots=True)
-class Clock:
-    """Seconds by stage."""
-
-    start: float = field(default_factory=time.monotonic)
-    stages: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        begun = time.monotonic()
-        try:
-            yield
-        finally:
-            self.stages[name] = self.stages.get(name, 0.0) + time.monotonic() - begun
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.start
-
-
-def open_checkpoint(name: str) -> Checkpoint:
-    """A folder, or the word ``demo``. Raises CheckpointError for anything else."""
-    path = Path(name)
-    if path.exists():
-        return Checkpoint.open(path)
-    if name == "demo":
-        from moezip import demo
-
-        return Checkpoint.open(demo.checkpoint())
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        raise CheckpointError(
-            f"there is no folder {name!r}; it may be a hub id, which this version does not fetch",
-            next=f"download it first, for example: huggingface-cli download {name} --local-dir {path.name}",
-        )
-    raise CheckpointError(f"there is no folder {name!r}", next="name a folder with config.json and .safetensors files")
-
-
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """A checkpoint whose headers, names and config agree."""
-
-    source: Checkpoint
-    architecture: Architecture
-    facts: tuple[LayerFacts, ...]
-
-
-def opened(name: str) -> Opened:
-    """Raises CheckpointError or ArchitectureError before anything is computed."""
-    source = open_checkpoint(name)
-    entry = identify(source.config, source.folder)
-    check_shapes(source, entry)
-    return Opened(source, entry, tuple(entry.layer_facts(source.config)))
-
-
-# -- calibrate ----------------------------------------------------------------------------------------------
-
-
-def run_calibration(
-    model: Opened,
-    texts: Sequence[DomainText],
-    common: Common,
-    *,
-    record: Sequence[str] | None = None,
-    workdir: Path | None = None,
-) -> Statistics:
-    """One pass over the text; statistics of every domain."""
-    from moezip.calibrate.data import default_seq_len, load_rows, tokenizer_of
-    from moezip.calibrate.record import chosen_records
-    from moezip.calibrate.run import calibrate
-
-    records = chosen_records(record)
-    tokenizer = tokenizer_of(model.source.folder)
-    rows = load_rows(texts, tokenizer, common.seq_len or default_seq_len(model.source.config))
-    return calibrate(
-        model.source,
-        rows,
-        records,
-        device=common.device,
-        max_memory=common.max_memory,
-        workdir=common.workdir or workdir,
-        resume=common.resume,
-        watch=common.watch,
-    )
-
-
-def calibrate_command(
-    checkpoint: str, data: Sequence[Path], out: Path, common: Common, tokens: int, record: Sequence[str] | None
-) -> dict[str, Any]:
-    """``moezip calibrate``: writes the statistics file; returns what it holds."""
-    from moezip.calibrate.data import domains_of
-
-    if out.exists() and not common.overwrite:
-        raise UsageError(
-            "the statistics file exists already", where=out, next="give another --out, or --overwrite to replace it"
-        )
-    clock = Clock()
-    model = opened(checkpoint)
-    stats = run_calibration(
-        model, domains_of(data, tokens), common, record=record, workdir=out.with_name(out.name + ".moezip-work")
-    )
-    stats.save(out)
-    return {
-        "out": str(out),
-        "source": stats.source,
-        "domains": {domain.name: domain.tokens for domain in stats.domains},
-        "tokens": stats.tokens,
-        "tokens_per_second": stats.tokens / clock.seconds,
-        "layers": len(model.facts),
-        "unrouted": unrouted(stats),
-        "seconds": clock.seconds,
-        "peak_rss_bytes": peak_rss_bytes(),
-    }
-
-
-def unrouted(stats: Statistics) -> dict[str, int]:
-    """Per layer, how many experts no token of any domain reached; layers where all were reached are left out."""
-    found: dict[str, int] = {}
-    if not stats.domains:
-        return found
-    for layer in stats.domains[0].layers:
-        counts = [domain.layers[layer]["counts"] for domain in stats.domains if "counts" in domain.layers[layer]]
-        if counts and (missed := int((sum(counts[1:], counts[0]) == 0).sum())):
-            found[str(layer)] = missed
-    return found
-
-
-# -- prune --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,7 +128,9 @@ def _score(
     if not method.needs or stats is None:
         result: Array = method.run(fact, weights, prepared.params)
         return result
-    per_domain = [method.run(fact, {**domain.layers[fact.layer], **weights}, prepared.params) for domain in stats.domains]
+    per_domain = [
+        method.run(fact, {**domain.layers[fact.layer], **weights}, prepared.params) for domain in stats.domains
+    ]
     return combine_domains(per_domain, [domain_weights.get(domain.name, 1.0) for domain in stats.domains])
 
 
@@ -322,7 +166,13 @@ class Outcome:
 
 
 def prune_command(
-    checkpoint: str, out: Path, job: PruneJob, common: Common, *, plan_only: bool = False, save_stats: Path | None = None
+    checkpoint: str,
+    out: Path,
+    job: PruneJob,
+    common: Common,
+    *,
+    plan_only: bool = False,
+    save_stats: Path | None = None,
 ) -> Outcome:
     """``moezip prune``: calibrate (or load), plan, write, verify."""
     clock = Clock()
@@ -344,15 +194,6 @@ def prune_command(
         _save_plan(plan, out)
         return Outcome(plan, None)
     return Outcome(plan, write_plan(prepared.model.source, plan, out, common, clock, stats))
-
-
-def refuse_output(out: Path, common: Common, plan_only: bool = False) -> None:
-    """Raises before any work if the output is there already."""
-    if out.exists() and not common.overwrite:
-        what = "plan file" if plan_only else "output folder"
-        raise CheckpointError(
-            f"the {what} exists already", where=out, next="name another one, or give --overwrite to replace it"
-        )
 
 
 def _save_plan(plan: Plan, out: Path) -> None:
@@ -430,96 +271,3 @@ def weights_of(source: Source) -> int:
     """Weights, whatever they are stored in: scales and zero points not counted."""
     plain = decoded(source)
     return sum(plain.spec(name).elements for name in plain.names())
-
-
-# -- dry run ------------------------------------------------------------------------------------------------
-
-DISK_BYTES_PER_SECOND = 1e9  # a plain SSD; said beside the estimate
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """What a prune would do; nothing was read but headers (and statistics, if saved ones were given).
-
-    Attributes:
-        kept: ids by layer, where they can be known without data.
-        seconds, memory_bytes: rough; ``assumes`` says on what.
-    """
-
-    method: str
-    keep: int
-    experts: int
-    moe_layers: int
-    bytes_before: int
-    bytes_after: int
-    tokens: int
-    seconds: float
-    memory_bytes: int
-    kept: dict[str, list[int]] | None
-    assumes: str
-
-
-def dry_run(checkpoint: str, job: PruneJob, common: Common) -> Estimate:
-    """``moezip prune --dry-run``: reads no data and writes nothing."""
-    from moezip.plan.plan import LayerPlan, Pick
-    from moezip.report.overview import overview
-
-    prepared = prepare_prune(checkpoint, job, common)
-    model = prepared.model
-    kept = None
-    if job.stats is not None or not prepared.method.needs:
-        stats = None
-        if job.stats is not None:
-            from moezip.calibrate.statistics import Statistics as Saved
-
-            stats = Saved.load(job.stats)
-        plan = make_plan(prepared, job, stats, common)
-        kept = {str(layer.layer): list(layer.kept) for layer in plan.layers}
-    else:
-        # any choice of that many experts has the same size
-        spread = [_first_of_groups(fact, prepared.keep) for fact in model.facts]
-        layers = tuple(
-            LayerPlan(fact.layer, fact.experts, tuple(map(Pick.keep, ids)))
-            for fact, ids in zip(model.facts, spread, strict=True)
-        )
-        plan = Plan(model.source.fingerprint, model.architecture.name, layers, prepared.params.mtp)
-    seen = overview(model.source)
-    after = tensor_bytes(Applied(model.source, plan))
-    passes = bool(prepared.method.needs) and job.stats is None
-    tokens = sum(text.tokens for text in job.texts) if passes else 0
-    rate = _matmul_rate() if passes else 1.0
-    hidden = tokens * seen.hidden * 2
-    seconds = tokens * 2 * seen.active_parameters / rate + (seen.bytes * passes + 2 * after) / DISK_BYTES_PER_SECOND
-    memory = (600 * 2**20 + seen.largest_layer_bytes + hidden) if passes else 400 * 2**20
-    return Estimate(
-        method=prepared.method.name,
-        keep=prepared.keep,
-        experts=model.facts[0].experts,
-        moe_layers=len(model.facts),
-        bytes_before=seen.bytes,
-        bytes_after=after,
-        tokens=tokens,
-        seconds=seconds + 6,
-        memory_bytes=min(memory, common.max_memory or memory),
-        kept=kept,
-        assumes=f"{rate / 1e9:.0f} GFLOP/s (measured now), disk 1 GB/s, 6 s to start" if passes else "disk 1 GB/s",
-    )
-
-
-def _first_of_groups(fact: LayerFacts, keep: int) -> list[int]:
-    size, each = fact.experts // fact.groups, keep // fact.groups
-    return [group * size + place for group in range(fact.groups) for place in range(each)]
-
-
-def _matmul_rate() -> float:
-    """Floating-point operations per second of a bf16 matrix product here, best of three."""
-    import torch
-
-    a = torch.zeros(512, 1024, dtype=torch.bfloat16)
-    b = torch.zeros(1024, 1024, dtype=torch.bfloat16)
-    best = float("inf")
-    for _ in range(4):
-        begun = time.perf_counter()
-        a @ b
-        best = min(best, time.perf_counter() - begun)
-    return 2 * 512 * 1024 * 1024 / best

@@ -1,0 +1,197 @@
+"""How results look: one function per command's outcome."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moezip import console
+
+if TYPE_CHECKING:
+    from moezip.evaluate.result import Evaluation
+    from moezip.pipeline import Estimate, Outcome
+    from moezip.pipeline.batch import JobResult
+    from moezip.registry import Method
+    from moezip.report.overview import Overview
+
+
+def show_overview(name: str, seen: Overview) -> None:
+    """What a checkpoint is."""
+    experts = sorted(set(seen.experts))
+    console.pairs(
+        name,
+        {
+            "architecture": f"{seen.architecture} ({seen.model_type})",
+            "layers": f"{seen.layers}, {len(seen.moe_layers)} with experts",
+            "experts": f"{', '.join(map(str, experts))} per layer, {seen.top_k} per token"
+            + (f", in {seen.groups} groups" if seen.groups > 1 else "")
+            + (f", {seen.shared} shared" if seen.shared else ""),
+            "parameters": f"{seen.parameters:,}, {seen.expert_parameters / seen.parameters:.0%} in experts, "
+            f"{seen.active_parameters:,} used per token",
+            "stored as": seen.dtype + (f" ({seen.quantization})" if seen.quantization else ""),
+            "size": f"{console.size(seen.bytes)}, experts {console.size(seen.expert_bytes)}",
+            "memory to stream": f"about {console.size(seen.largest_layer_bytes + 600 * 2**20)} and the hidden states",
+            **{f"size with {what}": console.size(count) for what, count in list(seen.fits.items())[1:]},
+        },
+    )
+
+
+def method_facts(method: Method) -> dict[str, Any]:
+    return {
+        "name": method.name,
+        "family": method.family,
+        "summary": method.summary,
+        "paper": method.paper,
+        "needs": list(method.needs),
+        "settings": {field.name: field.default for field in dataclasses.fields(method.params)},
+    }
+
+
+def explain(method: Method, as_json: bool) -> None:
+    import inspect as source
+
+    module = source.getmodule(method.run)
+    text = source.getdoc(module) or method.summary
+    if as_json:
+        console.data({**method_facts(method), "text": text})
+        return
+    console.out.print(text, markup=False)
+    console.out.print("")
+    settings = method_facts(method)["settings"]
+    console.pairs("settings (--set KEY=VALUE)", settings)
+    for owner in reversed(method.params.__mro__[:-1]):
+        if owner.__doc__:
+            console.out.print(source.cleandoc(owner.__doc__), markup=False)
+
+
+def show_estimate(result: Estimate, as_json: bool) -> None:
+    if as_json:
+        console.data({"dry_run": True, **dataclasses.asdict(result)})
+        return
+    console.pairs(
+        "nothing was touched",
+        {
+            "method": result.method,
+            "experts": f"{result.keep} of {result.experts} stay in each of {result.moe_layers} layers",
+            "size": f"{console.size(result.bytes_before)} to {console.size(result.bytes_after)} "
+            f"({result.bytes_after / result.bytes_before:.0%})",
+            "calibration": f"{result.tokens:,} tokens" if result.tokens else "none",
+            "time": f"about {console.duration(result.seconds)} ({result.assumes})",
+            "memory": f"about {console.size(result.memory_bytes)}",
+        },
+    )
+    if result.kept:
+        console.table("kept", ("layer", "experts"), [(k, " ".join(map(str, v))) for k, v in result.kept.items()])
+
+
+def show_outcome(outcome: Outcome, out: Path, as_json: bool, quiet: bool) -> None:
+    report = outcome.report
+    if report is None:
+        if as_json:
+            console.data({"plan": str(out), "layers": {str(p.layer): list(p.kept) for p in outcome.plan.layers}})
+        else:
+            console.say(f"{out}: the plan; carry it out with `moezip apply CKPT {out} OUT`", quiet)
+        return
+    if as_json:
+        console.data(dataclasses.asdict(report))
+        return
+    if quiet:
+        return
+    protected = "; ".join(f"layer {layer}: {', '.join(map(str, e))}" for layer, e in report.protected.items())
+    console.pairs(
+        str(out),
+        {
+            "experts": f"{report.experts_after[0]} of {report.experts_before[0]} "
+            f"in each of {len(report.experts_after)} layers",
+            "size": f"{console.size(report.bytes_before)} to {console.size(report.bytes_after)} "
+            f"({report.bytes_after / report.bytes_before:.0%}), {report.bits_per_weight:.2f} bits per weight",
+            "super experts kept": protected or "none found",
+            "time": f"{console.duration(report.seconds)} ("
+            + ", ".join(f"{name} {console.duration(seconds)}" for name, seconds in report.stages.items())
+            + ")",
+            "peak memory": console.size(report.peak_rss_bytes),
+            "read by": "transformers, vLLM and whatever reads the source",
+        },
+    )
+    for note in report.notes:
+        console.say(f"note: {note}")
+    say_unrouted(dict(report.unrouted))
+    console.say(f"measure it: moezip evaluate {out} --against CKPT --data PATH")
+
+
+def say_unrouted(unrouted: dict[str, int]) -> None:
+    if unrouted:
+        console.say(
+            f"{sum(unrouted.values())} experts in {len(unrouted)} layers saw no token; they rank last. "
+            "More or wider text would tell them apart."
+        )
+
+
+def show_evaluation(result: Evaluation) -> None:
+    """Losses by text, and tasks."""
+    if result.by_file:
+        columns = ("text", "loss", "perplexity", "tokens") + (
+            ("reference", "rise", "KL", "same top-1") if result.against else ()
+        )
+        rows = []
+        for row in result.rows():
+            cells: list[Any] = [row.name, f"{row.loss.nll:.4f}", f"{row.loss.perplexity:.2f}", f"{row.loss.tokens:,}"]
+            if row.divergence is not None:
+                reference = row.divergence
+                cells += [f"{reference.nll:.4f}", f"{row.loss.nll - reference.nll:+.4f}", f"{reference.kl:.4f}",
+                          f"{reference.top1_agreement:.1%}"]  # fmt: skip
+            rows.append(cells)
+        console.table(f"loss in nats per token, windows of {result.seq_len}", columns, rows)
+    if result.tasks:
+        console.table("tasks", ("questions", "right", "of"),
+                      [(name, f"{score.accuracy:.1%}", score.n) for name, score in result.tasks.items()])  # fmt: skip
+
+
+def show_jobs(results: Sequence[JobResult], as_json: bool, quiet: bool) -> None:
+    if as_json:
+        console.data({"jobs": [dataclasses.asdict(result) for result in results]})
+        return
+    if quiet:
+        return
+    rows = []
+    for result in results:
+        for evaluation in result.evaluations or [{}]:
+            against = evaluation.get("against") or {}
+            rows.append((
+                result.name,
+                "finished before" if result.skipped else "done",
+                console.size(result.report["bytes_after"]) if result.report else "-",
+                f"{evaluation['nll']:.4f}" if evaluation.get("nll") is not None else "-",
+                f"{evaluation['nll'] - against['nll']:+.4f}" if against else "-",
+                result.out or "-",
+            ))  # fmt: skip
+    console.table("", ("job", "state", "size", "loss", "rise", "output"), rows)
+
+
+def show_demo(found: Sequence[JobResult], chosen_for: Collection[str], out: Path, quiet: bool) -> None:
+    """What the demo found, as the table that shows the point of the method."""
+    by_job = {result.name: result.evaluations[0] for result in found}
+    easy, chance = by_job["easy-ep"], by_job["random"]
+    rows, rises = [], {}
+    for name, entry in sorted(easy["by_file"].items(), key=lambda item: item[0] not in chosen_for):
+        source, lot = easy["against"]["by_file"][name]["nll"], chance["by_file"][name]["nll"]
+        rises[name] = (entry["nll"] - source, lot - source)
+        label = f"{name} (chosen for)" if name in chosen_for else name
+        numbers = (f"{source:.3f}", f"{entry['nll']:.3f}", f"{rises[name][0]:+.3f}", f"{lot:.3f}")
+        rows.append((label, *numbers, f"{rises[name][1]:+.3f}"))
+    console.table("held-out loss, nats per token", ("text", "source", "easy-ep", "rise", "random", "rise"), rows)
+    report = next(result.report for result in found if result.report)
+    inside = max(rises[name][0] for name in chosen_for)
+    outside = min(rises[name][0] for name in rises if name not in chosen_for)
+    by_lot = min(lot for _, lot in rises.values())
+    console.say(
+        f"{console.size(report['bytes_before'])} became {console.size(report['bytes_after'])}. The text that the experts "
+        f"were chosen for loses {inside:.2f} nats per token, other text {outside:.2f} or more; experts chosen by lot "
+        f"lose {by_lot:.2f} or more.",
+        quiet,
+    )
+    kept = out / "easy-ep"
+    console.say(f"The pruned checkpoint is in {kept}; look at it with: moezip inspect {kept}", quiet)
+    console.say("The same on your own: moezip prune CKPT OUT --ratio 0.5 --data your-text.jsonl", quiet)

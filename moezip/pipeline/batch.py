@@ -1,0 +1,236 @@
+"""``moezip run``: a recipe's jobs, sharing what they can; finished ones are skipped, interrupted ones go on.
+
+The output folder holds one checkpoint per job under the job's name, ``statistics/`` with one file per calibration
+set, ``<job>.evaluate.json`` with the job's measurements, the resolved ``recipe.yaml``, and ``state.json``, which says
+by digest what is finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moezip import __version__
+from moezip.errors import RecipeError
+from moezip.pipeline.calibrate import run_calibration
+from moezip.pipeline.common import Clock, Common, Opened, opened
+from moezip.pipeline.evaluate import evaluate_command
+from moezip.pipeline.prune import PruneJob, make_plan, prepare_prune, write_plan
+from moezip.recipe import Recipe, dump
+
+if TYPE_CHECKING:
+    from moezip.calibrate.statistics import Statistics
+    from moezip.recipe.shape import Evaluate, Job, Prune
+
+
+@dataclass(frozen=True, slots=True)
+class JobResult:
+    """What one job ended with.
+
+    Attributes:
+        skipped: it was finished before.
+        report: of its compression, None if it only measured. evaluations: one per evaluate step, as JSON.
+    """
+
+    name: str
+    out: str | None
+    skipped: bool
+    report: Mapping[str, Any] | None
+    evaluations: list[dict[str, Any]]
+
+
+@dataclass(slots=True)
+class Batch:
+    """A recipe on its way."""
+
+    recipe: Recipe
+    folder: Path
+    common: Common
+    model: Opened
+    statistics: dict[str, Statistics] = field(default_factory=dict)
+
+    @property
+    def _state_file(self) -> Path:
+        return self.folder / "state.json"
+
+    def state(self) -> dict[str, str]:
+        """Digest by name of everything that is finished."""
+        if not self._state_file.is_file():
+            return {}
+        found: dict[str, str] = json.loads(self._state_file.read_text())
+        return found
+
+    def finish(self, name: str, digest: str) -> None:
+        _write(self._state_file, json.dumps({**self.state(), name: digest}, indent=2) + "\n")
+
+    # -- calibration ----------------------------------------------------------------------------------------
+
+    def needed(self, prune: Prune) -> list[str]:
+        """Calibration sets that a prune step reads."""
+        from moezip.prune import METHODS
+
+        needs = next(bool(method.needs) for method in METHODS if method.name == prune.method)
+        return list(prune.calibration or self.recipe.calibration) if needs else []
+
+    def wanted(self, jobs: Iterable[Job]) -> list[str]:
+        """Calibration sets of all these jobs, in the recipe's order."""
+        names: set[str] = set()
+        for job in jobs:
+            for step in job.steps:
+                if step.prune is not None:
+                    names.update(self.needed(step.prune))
+                if step.calibrate is not None:
+                    names.update(step.calibrate.calibration or self.recipe.calibration)
+        return [name for name in self.recipe.calibration if name in names]
+
+    def calibrate(self, names: list[str]) -> None:
+        """Loads saved statistics and takes the missing ones, all in one pass."""
+        from moezip.calibrate.data import DomainText
+        from moezip.calibrate.statistics import Statistics
+
+        state, missing = self.state(), []
+        for name in names:
+            file = self.folder / "statistics" / f"{name}.safetensors"
+            if file.is_file() and state.get(f"calibration {name}") == self._calibration_digest(name):
+                self.statistics[name] = Statistics.load(file)
+            else:
+                missing.append(name)
+        if not missing:
+            return
+        texts = []
+        for name in missing:
+            entry = self.recipe.calibration[name]
+            texts.append(DomainText(name, entry.data, entry.tokens))
+        # a work folder of its own for this very set of calibrations: after a change of the recipe an old one is stale
+        key = hashlib.sha256(" ".join(self._calibration_digest(name) for name in missing).encode()).hexdigest()
+        found = run_calibration(self.model, texts, self.common, workdir=self.folder / "work" / key[:16])
+        shutil.rmtree(self.folder / "work", ignore_errors=True)
+        for domain in found.domains:
+            alone = replace(found, domains=(domain,))
+            alone.save(self.folder / "statistics" / f"{domain.name}.safetensors")
+            self.statistics[domain.name] = alone
+            self.finish(f"calibration {domain.name}", self._calibration_digest(domain.name))
+
+    def _calibration_digest(self, name: str) -> str:
+        from moezip.calibrate.data import text_files
+
+        entry = self.recipe.calibration[name]
+        digest = hashlib.sha256(f"{self.model.source.fingerprint} {entry.tokens} {self.recipe.seq_len}".encode())
+        for path in entry.data:
+            for file in text_files(path):
+                digest.update(hashlib.sha256(file.read_bytes()).digest())
+        return digest.hexdigest()
+
+    # -- jobs -----------------------------------------------------------------------------------------------
+
+    def job_digest(self, name: str) -> str:
+        """Everything that the job's results depend on."""
+        job = self.recipe.jobs[name]
+        parts = [__version__, self.model.source.fingerprint, str(self.recipe.seed), str(self.recipe.seq_len)]
+        parts += [self._calibration_digest(each) for each in self.wanted([job])]
+        parts += [self.job_digest(each) for each in job.needs]
+        parts.append(job.model_dump_json())
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def run(self, name: str) -> JobResult:
+        """One job, from its first step to its last, or its saved results if it was finished before."""
+        digest = self.job_digest(name)
+        results = self.folder / f"{name}.evaluate.json"
+        if self.state().get(f"job {name}") == digest and results.is_file():
+            saved = json.loads(results.read_text())
+            if saved["out"] is None or Path(saved["out"]).is_dir():
+                return JobResult(name, saved["out"], True, saved["report"], saved["evaluations"])
+        out: Path | None = None
+        report: dict[str, Any] | None = None
+        evaluations: list[dict[str, Any]] = []
+        for step in self.recipe.jobs[name].steps:
+            if step.prune is not None:
+                if out is not None:
+                    raise RecipeError(
+                        "a job prunes twice, which this version cannot do", where=f"jobs.{name}",
+                        next="write one job per pruning",
+                    )  # fmt: skip
+                out = self.folder / name
+                report = self._prune(step.prune, out)
+            if step.evaluate is not None:
+                evaluations.append(self._evaluate(step.evaluate, str(out or self.recipe.model)))
+        record = {"out": None if out is None else str(out), "report": report, "evaluations": evaluations}
+        _write(results, json.dumps(record, indent=2) + "\n")
+        self.finish(f"job {name}", digest)
+        return JobResult(name, record["out"], False, report, evaluations)  # type: ignore[arg-type]
+
+    def _prune(self, step: Prune, out: Path) -> dict[str, Any]:
+        from dataclasses import asdict
+
+        clock = Clock()
+        sets = self.needed(step)
+        weights = {name: self.recipe.calibration[name].weight for name in sets}
+        settings = {key: str(value) for key, value in step.settings.items()}
+        job = PruneJob(step.method, step.keep, step.ratio, settings, weights=weights)
+        prepared = prepare_prune(self.recipe.model, job, self.common)
+        stats: Statistics | None = None
+        for name in sets:
+            stats = self.statistics[name] if stats is None else stats + self.statistics[name]
+        plan = make_plan(prepared, job, stats, self.common)
+        # what stands there is of an unfinished or a changed job of this very recipe
+        common = replace(self.common, overwrite=True)
+        return asdict(write_plan(prepared.model.source, plan, out, common, clock, stats))
+
+    def _evaluate(self, step: Evaluate, checkpoint: str) -> dict[str, Any]:
+        against = self.recipe.model if step.against == "source" else step.against
+        common = self.common if step.seq_len is None else replace(self.common, seq_len=step.seq_len)
+        result = evaluate_command(
+            checkpoint, common, against=against, data=step.data, tasks=step.tasks, tokens=step.tokens
+        )
+        return result.to_json()
+
+
+def run_recipe(recipe: Recipe, common: Common, only: str | None = None) -> list[JobResult]:
+    """Every job of the recipe (or the one called ``only`` and what it needs), in order of need.
+
+    Raises:
+        RecipeError: no such job, no output, or an output folder that is not a recipe's.
+    """
+    if recipe.output is None:
+        raise RecipeError("the recipe does not say where to", next="add `output: FOLDER`, or give --set output=FOLDER")
+    folder = recipe.output
+    if folder.exists() and any(folder.iterdir()) and not (folder / "recipe.yaml").is_file():
+        raise RecipeError(
+            "the output folder holds something else than a recipe's results", where=folder, next="name another folder"
+        )
+    names = recipe.order()
+    if only is not None:
+        names = _with_needs(recipe, only)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / "recipe.yaml", dump(recipe))
+    common = replace(common, seed=recipe.seed, seq_len=common.seq_len or recipe.seq_len, resume=True)
+    batch = Batch(recipe, folder, common, opened(recipe.model))
+    state = batch.state()
+    open_jobs = [recipe.jobs[name] for name in names if state.get(f"job {name}") != batch.job_digest(name)]
+    batch.calibrate(batch.wanted(open_jobs))
+    return [batch.run(name) for name in names]
+
+
+def _with_needs(recipe: Recipe, only: str) -> list[str]:
+    from moezip.registry import lookup
+
+    lookup(only, recipe.jobs, "job")
+    wanted, queue = {only}, [only]
+    while queue:
+        for name in recipe.jobs[queue.pop()].needs:
+            if name not in wanted:
+                wanted.add(name)
+                queue.append(name)
+    return [name for name in recipe.order() if name in wanted]
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

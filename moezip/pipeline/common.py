@@ -1,0 +1,106 @@
+"""What every command shares: options, the clock, opening a checkpoint."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from moezip.arch.experts import check_shapes
+from moezip.arch.families import identify
+from moezip.arch.spec import Architecture, LayerFacts
+from moezip.checkpoint.reader import Checkpoint
+from moezip.errors import CheckpointError
+from moezip.progress import Watch, unwatched
+
+
+@dataclass(frozen=True, slots=True)
+class Common:
+    """Options that every command shares.
+
+    Attributes:
+        device: where layers are computed.
+        max_memory: ceiling of the process in bytes, None for 80 % of what is free.
+        workdir: for interrupted passes and spilled hidden states; None puts it beside the output.
+        resume: go on from an interrupted pass.
+        overwrite: replace an existing output.
+        seed: the only source of chance.
+        seq_len: window in tokens, None for min(2048, the model's maximum).
+        command: as typed, for the manifest.
+        watch: told of every step.
+    """
+
+    device: str = "cpu"
+    max_memory: int | None = None
+    workdir: Path | None = None
+    resume: bool = False
+    overwrite: bool = False
+    seed: int = 0
+    seq_len: int | None = None
+    command: str = ""
+    watch: Watch = unwatched
+
+
+@dataclass(slots=True)
+class Clock:
+    """Seconds by stage."""
+
+    start: float = field(default_factory=time.monotonic)
+    stages: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self.stages[name] = self.stages.get(name, 0.0) + time.monotonic() - begun
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.start
+
+
+def open_checkpoint(name: str) -> Checkpoint:
+    """A folder, or the word ``demo``. Raises CheckpointError for anything else."""
+    path = Path(name)
+    if path.exists():
+        return Checkpoint.open(path)
+    if name == "demo":
+        from moezip import demo
+
+        return Checkpoint.open(demo.checkpoint())
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        raise CheckpointError(
+            f"there is no folder {name!r}; it may be a hub id, which this version does not fetch",
+            next=f"download it first, for example: huggingface-cli download {name} --local-dir {path.name}",
+        )
+    raise CheckpointError(f"there is no folder {name!r}", next="name a folder with config.json and .safetensors files")
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A checkpoint whose headers, names and config agree."""
+
+    source: Checkpoint
+    architecture: Architecture
+    facts: tuple[LayerFacts, ...]
+
+
+def opened(name: str) -> Opened:
+    """Raises CheckpointError or ArchitectureError before anything is computed."""
+    source = open_checkpoint(name)
+    entry = identify(source.config, source.folder)
+    check_shapes(source, entry)
+    return Opened(source, entry, tuple(entry.layer_facts(source.config)))
+
+
+def refuse_output(out: Path, common: Common, plan_only: bool = False) -> None:
+    """Raises before any work if the output is there already."""
+    if out.exists() and not common.overwrite:
+        what = "plan file" if plan_only else "output folder"
+        raise CheckpointError(
+            f"the {what} exists already", where=out, next="name another one, or give --overwrite to replace it"
+        )

@@ -1,0 +1,101 @@
+"""``--dry-run``: what a command would do, from headers alone."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from moezip.arch.spec import LayerFacts
+from moezip.export.stock import tensor_bytes
+from moezip.pipeline.common import Common
+from moezip.pipeline.prune import PruneJob, make_plan, prepare_prune
+from moezip.plan.apply import Applied
+from moezip.plan.plan import LayerPlan, Pick, Plan
+from moezip.report.overview import overview
+
+DISK_BYTES_PER_SECOND = 1e9  # a plain SSD; said beside the estimate
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a prune would do; nothing was read but headers (and statistics, if saved ones were given).
+
+    Attributes:
+        kept: ids by layer, where they can be known without data.
+        seconds, memory_bytes: rough; ``assumes`` says on what.
+    """
+
+    method: str
+    keep: int
+    experts: int
+    moe_layers: int
+    bytes_before: int
+    bytes_after: int
+    tokens: int
+    seconds: float
+    memory_bytes: int
+    kept: dict[str, list[int]] | None
+    assumes: str
+
+
+def dry_run(checkpoint: str, job: PruneJob, common: Common) -> Estimate:
+    """``moezip prune --dry-run``: reads no data and writes nothing."""
+    prepared = prepare_prune(checkpoint, job, common)
+    model = prepared.model
+    kept = None
+    if job.stats is not None or not prepared.method.needs:
+        stats = None
+        if job.stats is not None:
+            from moezip.calibrate.statistics import Statistics as Saved
+
+            stats = Saved.load(job.stats)
+        plan = make_plan(prepared, job, stats, common)
+        kept = {str(layer.layer): list(layer.kept) for layer in plan.layers}
+    else:
+        # any choice of that many experts has the same size
+        spread = [_first_of_groups(fact, prepared.keep) for fact in model.facts]
+        layers = tuple(
+            LayerPlan(fact.layer, fact.experts, tuple(map(Pick.keep, ids)))
+            for fact, ids in zip(model.facts, spread, strict=True)
+        )
+        plan = Plan(model.source.fingerprint, model.architecture.name, layers, prepared.params.mtp)
+    seen = overview(model.source)
+    after = tensor_bytes(Applied(model.source, plan))
+    passes = bool(prepared.method.needs) and job.stats is None
+    tokens = sum(text.tokens for text in job.texts) if passes else 0
+    rate = _matmul_rate() if passes else 1.0
+    hidden = tokens * seen.hidden * 2
+    seconds = tokens * 2 * seen.active_parameters / rate + (seen.bytes * passes + 2 * after) / DISK_BYTES_PER_SECOND
+    memory = (600 * 2**20 + seen.largest_layer_bytes + hidden) if passes else 400 * 2**20
+    return Estimate(
+        method=prepared.method.name,
+        keep=prepared.keep,
+        experts=model.facts[0].experts,
+        moe_layers=len(model.facts),
+        bytes_before=seen.bytes,
+        bytes_after=after,
+        tokens=tokens,
+        seconds=seconds + 6,
+        memory_bytes=min(memory, common.max_memory or memory),
+        kept=kept,
+        assumes=f"{rate / 1e9:.0f} GFLOP/s (measured now), disk 1 GB/s, 6 s to start" if passes else "disk 1 GB/s",
+    )
+
+
+def _first_of_groups(fact: LayerFacts, keep: int) -> list[int]:
+    size, each = fact.experts // fact.groups, keep // fact.groups
+    return [group * size + place for group in range(fact.groups) for place in range(each)]
+
+
+def _matmul_rate() -> float:
+    """Floating-point operations per second of a bf16 matrix product here, best of three."""
+    import torch
+
+    a = torch.zeros(512, 1024, dtype=torch.bfloat16)
+    b = torch.zeros(1024, 1024, dtype=torch.bfloat16)
+    best = float("inf")
+    for _ in range(4):
+        begun = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - begun)
+    return 2 * 512 * 1024 * 1024 / best
