@@ -139,25 +139,25 @@ class Statistics:
         try:
             with safe_open(path, "numpy") as file:
                 about = json.loads((file.metadata() or {})["moezip"])
+                if about["schema"] != SCHEMA:
+                    raise StatisticsError(
+                        f"statistics of schema {about['schema']}, this moezip reads {SCHEMA}", where=path,
+                        next="calibrate again with this version",
+                    )  # fmt: skip
                 layers: list[dict[int, dict[str, Array]]] = [{} for _ in about["domains"]]
                 for key in file.keys():  # noqa: SIM118  (safe_open is no mapping)
                     number, layer, name = key.split("/")
                     layers[int(number)].setdefault(int(layer), {})[name] = file.get_tensor(key)
+            domains = tuple(
+                Domain(entry["name"], tuple(entry["data"]), int(entry["tokens"]), dict(sorted(layers[i].items())))
+                for i, entry in enumerate(about["domains"])
+            )
+            return cls(str(about["source"]), domains, dict(about["settings"]))
         except FileNotFoundError as fault:
             raise StatisticsError("there is no such statistics file", where=path, next="check --stats") from fault
-        except (SafetensorError, OSError, KeyError, ValueError, IndexError) as fault:
+        except (SafetensorError, OSError, KeyError, ValueError, IndexError, TypeError) as fault:
             raise StatisticsError(
                 f"this is no statistics file, or a damaged one ({type(fault).__name__}: {fault})",
                 where=path,
                 next="make it again with `moezip calibrate`",
             ) from fault
-        if about.get("schema") != SCHEMA:
-            raise StatisticsError(
-                f"statistics of schema {about.get('schema')}, this moezip reads {SCHEMA}", where=path,
-                next="calibrate again with this version",
-            )  # fmt: skip
-        domains = tuple(
-            Domain(entry["name"], tuple(entry["data"]), entry["tokens"], dict(sorted(layers[i].items())))
-            for i, entry in enumerate(about["domains"])
-        )
-        return cls(about["source"], domains, about["settings"])
