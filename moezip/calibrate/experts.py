@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 IMPLEMENTATION = "moezip"
 # Tokens whose weighted outputs are gathered at a time.
 CHUNK = 512
+# The CPU's matrix library compiles a kernel for every number of rows that it meets: about 0.4 ms and 0.7 MB each
+# (measured, bf16), and every expert has a number of tokens of its own. So rows are filled up, with rows that are
+# computed and thrown away, to one of few numbers: multiples of an eighth of the power of two below, at least 16.
+MIN_ROWS = 16
+ROWS_PER_OCTAVE = 8
 
 
 @dataclass(slots=True)
@@ -69,10 +74,12 @@ def experts_forward(
 
     def run(part: tuple[int, int, int]) -> None:
         expert, start, stop = part
-        inner = _linear(self, "gate_up_proj" if self.has_gate else "up_proj", expert, hidden_states[rows[start:stop]])
+        # the filling rows are the next expert's; there are fewer at the very end
+        given = hidden_states[rows[start : start + padded_rows(stop - start)]]
+        inner = _linear(self, "gate_up_proj" if self.has_gate else "up_proj", expert, given)
         inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
         out = outputs[start:stop]
-        out.copy_(_linear(self, "down_proj", expert, inner))
+        out.copy_(_linear(self, "down_proj", expert, inner)[: stop - start])
         if routed is not None:
             seen = out.detach()
             torch.linalg.vector_norm(seen, dim=-1, dtype=torch.float32, out=sorted_norms[start:stop])
@@ -103,6 +110,12 @@ def experts_forward(
         routed.ids, routed.gates, routed.peaks, routed.output = top_k_index, top_k_weights, peaks, result
         routed.norms = sorted_norms[places].view(tokens, top_k)
     return result
+
+
+def padded_rows(count: int) -> int:
+    """``count`` rounded up to one of few numbers, by an eighth at most beyond 128."""
+    step = max((1 << (count.bit_length() - 1)) // ROWS_PER_OCTAVE, MIN_ROWS)
+    return -(-count // step) * step
 
 
 def _linear(module: Any, name: str, expert: int, value: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ cost more memory than the layer does.)
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,6 +75,8 @@ class Stream:
     ):
         import psutil
 
+        # Read by the matrix library at its first product. Its default of 1024 compiled kernels grows by 0.7 MB each.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
         plain = decoded(source)
         self.skeleton = Skeleton(
             plain, experts_implementation=experts_implementation or register(), dtype=dtype, device=device
