@@ -75,9 +75,14 @@ def size_of(text: str | None) -> int | None:
     number = text.strip().rstrip("bBiIkKmMgG")
     unit = text.strip()[len(number) :].strip().upper()
     try:
-        return int(float(number) * units[unit])
-    except (ValueError, KeyError) as fault:
-        raise UsageError(f"{text!r} is no size", next="write it like 8GiB, 500MB or 1073741824") from fault
+        count = int(float(number) * units[unit])
+    except (ValueError, KeyError, OverflowError):
+        count = 0
+    if count <= 0:
+        raise UsageError(
+            f"{text!r} is no size", where="--max-memory", next="write it like 8GiB, 500MB or 1073741824"
+        )
+    return count
 
 
 def settings_of(texts: Sequence[str] | None) -> dict[str, str]:
@@ -86,9 +91,9 @@ def settings_of(texts: Sequence[str] | None) -> dict[str, str]:
     for text in texts or ():
         key, equals, value = text.partition("=")
         if not equals or not key:
-            raise UsageError(f"--set {text} has no value", next="write --set KEY=VALUE")
+            raise UsageError(f"{text!r} is no setting", where=f"--set {text}", next="write --set KEY=VALUE")
         if key in settings:
-            raise UsageError(f"--set {key} is given twice")
+            raise UsageError(f"the setting {key} is given twice", where=f"--set {text}", next="give it once")
         settings[key] = value
     return settings
 
@@ -366,19 +371,29 @@ _Wrong: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ 
 
 def main() -> None:
     """The ``moezip`` command. Exit codes: 0 done, 1 our error, 2 usage, 130 interrupted."""
+    debug = "--debug" in sys.argv
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="moezip", standalone_mode=False)
     except MoezipError as error:
-        if "--debug" in sys.argv:
+        if debug:
             raise
         console.fail(error)
         code = error.exit_code
     except _Wrong as error:
         error.show()
         code = 2
-    except (KeyboardInterrupt, typer.Abort):
-        console.talk.print(
-            "interrupted: nothing half-written was left. The same command with --resume goes on where it can."
-        )
+    except (KeyboardInterrupt, typer.Abort) as stop:
+        # typer turns the first into the second, and keeps it as the cause
+        notes = getattr(stop.__cause__ or stop, "__notes__", [])
+        console.say("\n".join(["interrupted: no half-written output was left", *notes]))
         code = 130
+    except Exception as error:
+        if debug:
+            raise
+        first = (str(error).splitlines() or [""])[0]
+        console.fail(MoezipError(
+            f"moezip met something that it does not foresee ({type(error).__name__}: {first})",
+            next="the same command with --debug shows where; please report it",
+        ))  # fmt: skip
+        code = 1
     sys.exit(code or 0)

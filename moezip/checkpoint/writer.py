@@ -74,11 +74,11 @@ class Staging:
         return self.output.with_name(f".{self.output.name}.moezip-{kind}-{self._token}")
 
     def __enter__(self) -> Staging:
-        self._refuse_output()
+        self.refuse_output()
         with self._disk(self.output.parent):
             self.output.parent.mkdir(parents=True, exist_ok=True)
             self._clear_stale()
-            self._refuse_output()  # again: an output that a killed run had moved aside may be back
+            self.refuse_output()  # again: an output that a killed run had moved aside may be back
         self.require_space(self._needed)
         with self._disk(self.folder):
             self.folder.mkdir()
@@ -104,7 +104,8 @@ class Staging:
 
     # -- refusals -------------------------------------------------------------------------------------------
 
-    def _refuse_output(self) -> None:
+    def refuse_output(self) -> None:
+        """Raises CheckpointError if the output is where something else is; may be asked before any work."""
         real = self.output.resolve()
         if self._source is not None and (
             real == self._source
@@ -278,7 +279,7 @@ class Staging:
         with self._disk(self.output):
             for folder, _, _ in os.walk(self.folder):
                 _fsync_folder(Path(folder))
-            self._refuse_output()
+            self.refuse_output()
             aside = self._beside("old")
             replaces = os.path.lexists(self.output)
             held = _lock(self.output) if replaces else None  # so that nobody takes it for a dead process's

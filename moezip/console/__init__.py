@@ -95,13 +95,14 @@ def watching(quiet: bool) -> Iterator[Watch]:
 def _line(step: Step) -> None:
     if step.done == step.total:
         amount = size(step.total) if step.unit == "bytes" else f"{step.total} {step.unit}"
-        talk.print(f"{step.stage}: {amount} done", markup=False)
+        say(f"{step.stage}: " + ("done" if step.total == 1 else f"{amount} done"))
 
 
 def say(text: str, quiet: bool = False) -> None:
     """A sentence to the user, beside the data."""
     if not quiet:
-        talk.print(text, markup=False)
+        # lines are folded for people only: a log or a script gets one message per line
+        talk.print(text, markup=False, soft_wrap=not talk.is_terminal)
 
 
 def data(value: Any) -> None:
@@ -134,8 +135,10 @@ def pairs(title: str, values: Mapping[str, Any]) -> None:
 
 def fail(error: MoezipError) -> None:
     """One message: what, where, what next."""
-    talk.print(f"[bold red]error:[/] {escape(error.what)}")
+    talk.print(f"[bold red]error:[/] {escape(error.what)}", soft_wrap=True)
     if error.where is not None:
         talk.print(f"  where: {escape(error.where)}", soft_wrap=True)
     if error.next is not None:
         talk.print(f"  next:  {escape(error.next)}", soft_wrap=True)
+    for note in getattr(error, "__notes__", ()):
+        talk.print(f"  note:  {escape(note)}", soft_wrap=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from moezip import console
@@ -118,7 +119,7 @@ def show_outcome(outcome: Outcome, out: Path, as_json: bool, quiet: bool) -> Non
     for note in report.notes:
         console.say(f"note: {note}")
     say_unrouted(dict(report.unrouted))
-    console.say(f"measure it: moezip evaluate {out} --against CKPT --data PATH")
+    console.say(f"measure it: moezip evaluate {quote(str(out))} --against {quote(report.source)} --data PATH")
 
 
 def say_unrouted(unrouted: dict[str, int]) -> None:
@@ -187,9 +188,9 @@ def show_demo(found: Sequence[JobResult], chosen_for: Collection[str], out: Path
     outside = min(rises[name][0] for name in rises if name not in chosen_for)
     by_lot = min(lot for _, lot in rises.values())
     console.say(
-        f"{console.size(report['bytes_before'])} became {console.size(report['bytes_after'])}. The text that the experts "
-        f"were chosen for loses {inside:.2f} nats per token, other text {outside:.2f} or more; experts chosen by lot "
-        f"lose {by_lot:.2f} or more.",
+        f"{console.size(report['bytes_before'])} became {console.size(report['bytes_after'])}. The text that the "
+        f"experts were chosen for loses {inside:.2f} nats per token, other text {outside:.2f} or more; experts chosen "
+        f"by lot lose {by_lot:.2f} or more.",
         quiet,
     )
     kept = out / "easy-ep"

@@ -66,7 +66,7 @@ def write_checkpoint(
         stage.write_tensors(applied, advance)
         stage.add("config.json", config_bytes(applied))
         plan = applied.plan
-        unchanged = plan.keeps_all and plan.mtp == "keep"
+        unchanged = applied.changes_nothing
         stage.copy_side_files(applied.folder, skip=() if unchanged else (CARD,))
         if not unchanged:
             stage.add(CARD, card(applied).encode())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +53,7 @@ class Batch:
     common: Common
     model: Opened
     statistics: dict[str, Statistics] = field(default_factory=dict)
+    digests: dict[Path, str] = field(default_factory=dict)
 
     @property
     def _state_file(self) -> Path:
@@ -62,7 +63,7 @@ class Batch:
         """Digest by name of everything that is finished."""
         if not self._state_file.is_file():
             return {}
-        found: dict[str, str] = json.loads(self._state_file.read_text())
+        found: dict[str, str] = _saved(self._state_file)
         return found
 
     def finish(self, name: str, digest: str) -> None:
@@ -107,7 +108,7 @@ class Batch:
             entry = self.recipe.calibration[name]
             texts.append(DomainText(name, entry.data, entry.tokens))
         # a work folder of its own for this very set of calibrations: after a change of the recipe an old one is stale
-        key = hashlib.sha256(" ".join(self._calibration_digest(name) for name in missing).encode()).hexdigest()
+        key = _digest(self._calibration_digest(name) for name in missing)
         found = run_calibration(self.model, texts, self.common, workdir=self.folder / "work" / key[:16])
         shutil.rmtree(self.folder / "work", ignore_errors=True)
         for domain in found.domains:
@@ -117,14 +118,20 @@ class Batch:
             self.finish(f"calibration {domain.name}", self._calibration_digest(domain.name))
 
     def _calibration_digest(self, name: str) -> str:
+        entry = self.recipe.calibration[name]
+        parts = [self.model.source.fingerprint, str(entry.tokens), str(self.recipe.seq_len)]
+        return _digest([*parts, *self._contents(entry.data)])
+
+    def _contents(self, paths: Iterable[Path]) -> Iterator[str]:
+        """Digests of the text files that these paths stand for, each file read once."""
         from moezip.calibrate.data import text_files
 
-        entry = self.recipe.calibration[name]
-        digest = hashlib.sha256(f"{self.model.source.fingerprint} {entry.tokens} {self.recipe.seq_len}".encode())
-        for path in entry.data:
+        for path in paths:
             for file in text_files(path):
-                digest.update(hashlib.sha256(file.read_bytes()).digest())
-        return digest.hexdigest()
+                if file not in self.digests:
+                    with file.open("rb") as stream:
+                        self.digests[file] = hashlib.file_digest(stream, "sha256").hexdigest()
+                yield f"{file.name} {self.digests[file]}"
 
     # -- jobs -----------------------------------------------------------------------------------------------
 
@@ -132,49 +139,68 @@ class Batch:
         """Everything that the job's results depend on."""
         job = self.recipe.jobs[name]
         parts = [__version__, self.model.source.fingerprint, str(self.recipe.seed), str(self.recipe.seq_len)]
-        parts += [self._calibration_digest(each) for each in self.wanted([job])]
+        parts += [
+            f"{self._calibration_digest(each)} {self.recipe.calibration[each].weight}" for each in self.wanted([job])
+        ]
         parts += [self.job_digest(each) for each in job.needs]
+        for step in job.steps:
+            if step.evaluate is not None:
+                parts += self._contents((*step.evaluate.data, *step.evaluate.tasks))
         parts.append(job.model_dump_json())
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        return _digest(parts)
+
+    def finished(self, name: str) -> JobResult | None:
+        """The saved results of a job that was finished before, unless the recipe changed or its output is gone."""
+        results = self.folder / f"{name}.evaluate.json"
+        if self.state().get(f"job {name}") != self.job_digest(name) or not results.is_file():
+            return None
+        saved = _saved(results)
+        if saved["out"] is not None and not Path(saved["out"]).is_dir():
+            return None
+        return JobResult(name, saved["out"], True, saved["report"], saved["evaluations"])
+
+    def check(self, name: str) -> None:
+        """Raises what can be known of a job's failure before anything is computed."""
+        prunes = [step.prune for step in self.recipe.jobs[name].steps if step.prune is not None]
+        if len(prunes) > 1:
+            raise RecipeError(
+                "a job prunes twice, which this version cannot do", where=f"jobs.{name}",
+                next="write one job per pruning",
+            )  # fmt: skip
+        for step in prunes:
+            prepare_prune(self.recipe.model, self._prune_job(step), self.common)
 
     def run(self, name: str) -> JobResult:
         """One job, from its first step to its last, or its saved results if it was finished before."""
+        if (before := self.finished(name)) is not None:
+            return before
         digest = self.job_digest(name)
-        results = self.folder / f"{name}.evaluate.json"
-        if self.state().get(f"job {name}") == digest and results.is_file():
-            saved = json.loads(results.read_text())
-            if saved["out"] is None or Path(saved["out"]).is_dir():
-                return JobResult(name, saved["out"], True, saved["report"], saved["evaluations"])
         out: Path | None = None
         report: dict[str, Any] | None = None
         evaluations: list[dict[str, Any]] = []
         for step in self.recipe.jobs[name].steps:
             if step.prune is not None:
-                if out is not None:
-                    raise RecipeError(
-                        "a job prunes twice, which this version cannot do", where=f"jobs.{name}",
-                        next="write one job per pruning",
-                    )  # fmt: skip
                 out = self.folder / name
                 report = self._prune(step.prune, out)
             if step.evaluate is not None:
                 evaluations.append(self._evaluate(step.evaluate, str(out or self.recipe.model)))
         record = {"out": None if out is None else str(out), "report": report, "evaluations": evaluations}
-        _write(results, json.dumps(record, indent=2) + "\n")
+        _write(self.folder / f"{name}.evaluate.json", json.dumps(record, indent=2) + "\n")
         self.finish(f"job {name}", digest)
         return JobResult(name, record["out"], False, report, evaluations)  # type: ignore[arg-type]
+
+    def _prune_job(self, step: Prune) -> PruneJob:
+        weights = {name: self.recipe.calibration[name].weight for name in self.needed(step)}
+        settings = {key: str(value) for key, value in step.settings.items()}
+        return PruneJob(step.method, step.keep, step.ratio, settings, weights=weights)
 
     def _prune(self, step: Prune, out: Path) -> dict[str, Any]:
         from dataclasses import asdict
 
-        clock = Clock()
-        sets = self.needed(step)
-        weights = {name: self.recipe.calibration[name].weight for name in sets}
-        settings = {key: str(value) for key, value in step.settings.items()}
-        job = PruneJob(step.method, step.keep, step.ratio, settings, weights=weights)
+        clock, job = Clock(), self._prune_job(step)
         prepared = prepare_prune(self.recipe.model, job, self.common)
         stats: Statistics | None = None
-        for name in sets:
+        for name in self.needed(step):
             stats = self.statistics[name] if stats is None else stats + self.statistics[name]
         plan = make_plan(prepared, job, stats, self.common)
         # what stands there is of an unfinished or a changed job of this very recipe
@@ -199,21 +225,27 @@ def run_recipe(recipe: Recipe, common: Common, only: str | None = None) -> list[
     if recipe.output is None:
         raise RecipeError("the recipe does not say where to", next="add `output: FOLDER`, or give --set output=FOLDER")
     folder = recipe.output
-    if folder.exists() and any(folder.iterdir()) and not (folder / "recipe.yaml").is_file():
+    if folder.exists() and (
+        not folder.is_dir() or (any(folder.iterdir()) and not (folder / "recipe.yaml").is_file())
+    ):
         raise RecipeError(
             "the output folder holds something else than a recipe's results", where=folder, next="name another folder"
         )
     names = recipe.order()
     if only is not None:
         names = _with_needs(recipe, only)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "recipe.yaml", dump(recipe))
     common = replace(common, seed=recipe.seed, seq_len=common.seq_len or recipe.seq_len, resume=True)
     batch = Batch(recipe, folder, common, opened(recipe.model))
-    state = batch.state()
-    open_jobs = [recipe.jobs[name] for name in names if state.get(f"job {name}") != batch.job_digest(name)]
-    batch.calibrate(batch.wanted(open_jobs))
-    return [batch.run(name) for name in names]
+    open_jobs = [name for name in names if batch.finished(name) is None]
+    for name in open_jobs:
+        batch.check(name)
+    _write(folder / "recipe.yaml", dump(recipe))
+    try:
+        batch.calibrate(batch.wanted(recipe.jobs[name] for name in open_jobs))
+        return [batch.run(name) for name in names]
+    except KeyboardInterrupt as stop:
+        stop.add_note("finished jobs and statistics are kept: the same command again goes on from there")
+        raise
 
 
 def _with_needs(recipe: Recipe, only: str) -> list[str]:
@@ -227,6 +259,19 @@ def _with_needs(recipe: Recipe, only: str) -> list[str]:
                 wanted.add(name)
                 queue.append(name)
     return [name for name in recipe.order() if name in wanted]
+
+
+def _digest(parts: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _saved(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as fault:
+        raise RecipeError(
+            f"what an earlier run left is damaged ({fault})", where=path, next="delete this file; its jobs run again"
+        ) from fault
 
 
 def _write(path: Path, text: str) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moezip.errors import UsageError
-from moezip.pipeline.common import Clock, Common, Opened, opened
+from moezip.errors import MoezipError
+from moezip.pipeline.common import Clock, Common, Opened, opened, refuse_file
 from moezip.report.report import peak_rss_bytes
+
+KEPT = "statistics.safetensors"  # in the work folder
 
 if TYPE_CHECKING:
     from moezip.calibrate.data import DomainText
@@ -23,24 +28,90 @@ def run_calibration(
     record: Sequence[str] | None = None,
     workdir: Path | None = None,
 ) -> Statistics:
-    """One pass over the text; statistics of every domain."""
+    """One pass over the text; statistics of every domain.
+
+    They wait in the work folder as well, until ``forget``: what comes after the pass may fail, and ``resume`` then
+    takes them from there.
+    """
     from moezip.calibrate.data import default_seq_len, load_rows, tokenizer_of
     from moezip.calibrate.record import chosen_records
     from moezip.calibrate.run import calibrate
+    from moezip.calibrate.statistics import Statistics
 
+    begun = time.time()
     records = chosen_records(record)
     tokenizer = tokenizer_of(model.source.folder)
     rows = load_rows(texts, tokenizer, common.seq_len or default_seq_len(model.source.config))
-    return calibrate(
-        model.source,
-        rows,
-        records,
-        device=common.device,
-        max_memory=common.max_memory,
-        workdir=common.workdir or workdir,
-        resume=common.resume,
-        watch=common.watch,
-    )
+    workdir = common.workdir or workdir
+    if common.resume and workdir is not None and (workdir / KEPT).is_file():
+        kept = Statistics.load(workdir / KEPT)
+        domains = [(name, (rows.fingerprint(name),)) for name in dict.fromkeys(rows.domains)]
+        wanted = {entry.name for entry in records}
+        if (
+            kept.source == model.source.fingerprint
+            and [(domain.name, domain.data) for domain in kept.domains] == domains
+            and all(wanted == named.keys() for domain in kept.domains for named in domain.layers.values())
+        ):
+            return kept
+    try:
+        stats = calibrate(
+            model.source,
+            rows,
+            records,
+            device=common.device,
+            max_memory=common.max_memory,
+            workdir=workdir,
+            resume=common.resume,
+            watch=common.watch,
+        )
+    except KeyboardInterrupt as stop:
+        stop.add_note(_standing(workdir, begun, common.resume))
+        raise
+    if workdir is not None:
+        stats.save(workdir / KEPT)
+    return stats
+
+
+def work_folder(out: Path) -> Path:
+    """Where interrupted work waits: beside the output."""
+    return out.with_name(out.name + ".moezip-work")
+
+
+def require_files(texts: Sequence[DomainText]) -> None:
+    """Raises DataError for text that is not there, before anything is computed; reads none of it."""
+    from moezip.calibrate.data import text_files
+
+    for text in texts:
+        for path in text.paths:
+            text_files(path)
+
+
+@contextmanager
+def resumable(workdir: Path) -> Iterator[None]:
+    """Adds to whatever stops the work how it goes on, if there is something to go on from."""
+    try:
+        yield
+    except (MoezipError, KeyboardInterrupt, OSError) as stop:
+        if (workdir / KEPT).is_file():
+            stop.add_note(f"the statistics are kept in {workdir / KEPT}")
+        if (workdir / KEPT).is_file() or (workdir / "progress.json").is_file():
+            stop.add_note("the same command with --resume goes on from there")
+        raise
+
+
+def forget(workdir: Path) -> None:
+    """Removes the statistics that wait in a work folder, and the folder if nothing else is in it."""
+    (workdir / KEPT).unlink(missing_ok=True)
+    if workdir.is_dir() and not any(workdir.iterdir()):
+        workdir.rmdir()
+
+
+def _standing(workdir: Path | None, begun: float, resumed: bool) -> str:
+    """How far an interrupted pass is saved."""
+    state = None if workdir is None else workdir / "progress.json"
+    if state is not None and state.is_file() and (resumed or state.stat().st_mtime >= begun):
+        return f"the calibration is saved up to layer {json.loads(state.read_text())['next_layer']}, in {workdir}"
+    return "the calibration had not been saved yet (it is every minute), so it starts anew"
 
 
 def calibrate_command(
@@ -49,16 +120,16 @@ def calibrate_command(
     """``moezip calibrate``: writes the statistics file; returns what it holds."""
     from moezip.calibrate.data import domains_of
 
-    if out.exists() and not common.overwrite:
-        raise UsageError(
-            "the statistics file exists already", where=out, next="give another --out, or --overwrite to replace it"
-        )
+    refuse_file(out, "statistics file", common)
     clock = Clock()
     model = opened(checkpoint)
-    stats = run_calibration(
-        model, domains_of(data, tokens), common, record=record, workdir=out.with_name(out.name + ".moezip-work")
-    )
-    stats.save(out)
+    texts = domains_of(data, tokens)
+    require_files(texts)
+    workdir = common.workdir or work_folder(out)
+    with resumable(workdir):
+        stats = run_calibration(model, texts, common, record=record, workdir=workdir)
+        stats.save(out)
+    forget(workdir)
     return {
         "out": str(out),
         "source": stats.source,

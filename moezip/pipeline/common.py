@@ -12,7 +12,8 @@ from moezip.arch.experts import check_shapes
 from moezip.arch.families import identify
 from moezip.arch.spec import Architecture, LayerFacts
 from moezip.checkpoint.reader import Checkpoint
-from moezip.errors import CheckpointError
+from moezip.checkpoint.writer import Staging
+from moezip.errors import CheckpointError, UsageError
 from moezip.progress import Watch, unwatched
 
 
@@ -97,10 +98,16 @@ def opened(name: str) -> Opened:
     return Opened(source, entry, tuple(entry.layer_facts(source.config)))
 
 
-def refuse_output(out: Path, common: Common, plan_only: bool = False) -> None:
-    """Raises before any work if the output is there already."""
+def refuse_output(out: Path, source: Path, common: Common) -> None:
+    """Raises CheckpointError before any work if the checkpoint could not be written to ``out`` in the end."""
+    Staging(out, source=source, overwrite=common.overwrite).refuse_output()
+
+
+def refuse_file(out: Path, what: str, common: Common) -> None:
+    """Raises UsageError before any work if the file ``out`` is there already, or is a folder."""
+    if out.is_dir():
+        raise UsageError(f"the {what} would be a file, and this is a folder", where=out, next="name a file")
     if out.exists() and not common.overwrite:
-        what = "plan file" if plan_only else "output folder"
-        raise CheckpointError(
+        raise UsageError(
             f"the {what} exists already", where=out, next="name another one, or give --overwrite to replace it"
         )

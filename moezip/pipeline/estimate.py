@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from moezip.arch.spec import LayerFacts
 from moezip.export.stock import tensor_bytes
 from moezip.pipeline.common import Common
-from moezip.pipeline.prune import PruneJob, make_plan, prepare_prune
+from moezip.pipeline.prune import PruneJob, make_plan, prepare_prune, require_text
 from moezip.plan.apply import Applied
 from moezip.plan.plan import LayerPlan, Pick, Plan
 from moezip.report.overview import overview
@@ -41,6 +41,7 @@ class Estimate:
 def dry_run(checkpoint: str, job: PruneJob, common: Common) -> Estimate:
     """``moezip prune --dry-run``: reads no data and writes nothing."""
     prepared = prepare_prune(checkpoint, job, common)
+    require_text(prepared, job)
     model = prepared.model
     kept = None
     if job.stats is not None or not prepared.method.needs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +12,10 @@ from moezip.arch.experts import decoded
 from moezip.arch.spec import LayerFacts
 from moezip.checkpoint.reader import Checkpoint
 from moezip.checkpoint.source import Source
-from moezip.errors import PlanError, StatisticsError, UsageError
+from moezip.errors import StatisticsError, UsageError
 from moezip.export.stock import tensor_bytes, write_checkpoint
-from moezip.pipeline.calibrate import run_calibration, unrouted
-from moezip.pipeline.common import Clock, Common, Opened, opened, refuse_output
+from moezip.pipeline.calibrate import forget, require_files, resumable, run_calibration, unrouted, work_folder
+from moezip.pipeline.common import Clock, Common, Opened, opened, refuse_file, refuse_output
 from moezip.plan.apply import Applied
 from moezip.plan.plan import Plan, require_keepable
 from moezip.registry import Method, lookup, parse_params
@@ -60,8 +60,6 @@ class Prepared:
 
 def prepare_prune(checkpoint: str, job: PruneJob, common: Common) -> Prepared:
     """Raises UsageError, PlanError, CheckpointError or ArchitectureError for everything that can be known now."""
-    from dataclasses import replace
-
     from moezip.plan.allocate import kept_count
     from moezip.prune import METHODS
 
@@ -77,7 +75,17 @@ def prepare_prune(checkpoint: str, job: PruneJob, common: Common) -> Prepared:
         require_keepable(fact, keep)
     if job.texts and job.stats:
         raise UsageError("both --data and --stats are given", next="statistics are either saved or taken anew")
+    require_files(job.texts)
     return Prepared(model, method, params, keep)
+
+
+def require_text(prepared: Prepared, job: PruneJob) -> None:
+    """Raises UsageError if the method reads statistics and there is nothing to take them from."""
+    if prepared.method.needs and not job.texts and job.stats is None:
+        raise UsageError(
+            f"{prepared.method.name} needs calibration text",
+            next="give --data PATH (text of the domain that the model must stay good at) or --stats FILE",
+        )
 
 
 def make_plan(prepared: Prepared, job: PruneJob, stats: Statistics | None, common: Common) -> Plan:
@@ -88,11 +96,6 @@ def make_plan(prepared: Prepared, job: PruneJob, stats: Statistics | None, commo
     from moezip.plan.allocate import layer_plans
 
     model, method = prepared.model, prepared.method
-    if method.needs and stats is None:
-        raise UsageError(
-            f"{method.name} needs calibration text",
-            next="give --data PATH (text of the domain that the model must stay good at) or --stats FILE",
-        )
     if stats is not None:
         stats.require_source(model.source.fingerprint, job.stats)
         stats.require(method.needs, job.stats)
@@ -177,28 +180,44 @@ def prune_command(
     """``moezip prune``: calibrate (or load), plan, write, verify."""
     clock = Clock()
     prepared = prepare_prune(checkpoint, job, common)
-    refuse_output(out, common, plan_only)
-    stats: Statistics | None = None
-    if job.stats is not None:
-        from moezip.calibrate.statistics import Statistics as Saved
-
-        stats = Saved.load(job.stats)
-    elif job.texts and prepared.method.needs:
-        with clock.stage("calibrate"):
-            stats = run_calibration(prepared.model, job.texts, common, workdir=out.with_name(out.name + ".moezip-work"))
-        if save_stats is not None:
-            stats.save(save_stats)
-    with clock.stage("plan"):
-        plan = make_plan(prepared, job, stats, common)
+    source = prepared.model.source
+    passes = bool(prepared.method.needs) and job.stats is None
+    require_text(prepared, job)
     if plan_only:
-        _save_plan(plan, out)
-        return Outcome(plan, None)
-    return Outcome(plan, write_plan(prepared.model.source, plan, out, common, clock, stats))
+        refuse_file(out, "plan", common)
+    else:
+        refuse_output(out, source.folder, common)
+    if save_stats is not None:
+        if not passes:
+            raise UsageError("there is no calibration whose statistics could be saved", where="--save-stats",
+                             next="leave it out, or give --data and a method that reads text")  # fmt: skip
+        refuse_file(save_stats, "statistics file", common)
+    workdir = common.workdir or work_folder(out)
+    with resumable(workdir):
+        stats: Statistics | None = None
+        if job.stats is not None:
+            from moezip.calibrate.statistics import Statistics as Saved
+
+            stats = Saved.load(job.stats)
+        elif passes:
+            with clock.stage("calibrate"):
+                stats = run_calibration(prepared.model, job.texts, common, workdir=workdir)
+            if save_stats is not None:
+                stats.save(save_stats)
+        with clock.stage("plan"):
+            plan = make_plan(prepared, job, stats, common)
+        if plan_only:
+            _save_plan(plan, out)
+            outcome = Outcome(plan, None)
+        else:
+            unread = [f"{prepared.method.name} reads no text: --data was not used"] if job.texts and not passes else []
+            outcome = Outcome(plan, write_plan(source, plan, out, common, clock, stats, unread))
+    if passes:
+        forget(workdir)
+    return outcome
 
 
 def _save_plan(plan: Plan, out: Path) -> None:
-    if out.is_dir():
-        raise PlanError("with --plan-only the output is a file, and this is a folder", where=out)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.part")
     temporary.write_text(plan.to_json(), encoding="utf-8")
@@ -209,33 +228,54 @@ def apply_command(checkpoint: str, plan_file: Path, out: Path, common: Common) -
     """``moezip apply``: a saved plan, no data."""
     clock = Clock()
     model = opened(checkpoint)
+    refuse_output(out, model.source.folder, common)
     plan = Plan.load(plan_file)
-    refuse_output(out, common)
     return Outcome(plan, write_plan(model.source, plan, out, common, clock, None))
 
 
 def write_plan(
-    source: Checkpoint, plan: Plan, out: Path, common: Common, clock: Clock, stats: Statistics | None
+    source: Checkpoint,
+    plan: Plan,
+    out: Path,
+    common: Common,
+    clock: Clock,
+    stats: Statistics | None,
+    notes: Sequence[str] = (),
 ) -> Report:
-    """Writes the checkpoint that the plan describes; its report."""
+    """Writes the checkpoint that the plan describes; its report, in which ``notes`` stand first.
+
+    The report in the folder counts the time until it is written itself, the one returned all of it.
+    """
     applied = Applied(source, plan)
     finished: list[Report] = []
+    before = clock.seconds
 
     def report() -> str:
-        finished.append(_report(source, applied, out, clock, stats))
+        stages = {**clock.stages, "write": clock.seconds - before}
+        finished.append(_report(source, applied, out, clock.seconds, stages, stats, notes))
         return finished[-1].to_json()
 
     with clock.stage("write"):
         write_checkpoint(
             applied, out, report=report, command=common.command, overwrite=common.overwrite, watch=common.watch
         )
-    return finished[-1]
+    return replace(
+        finished[-1], seconds=clock.seconds, stages=dict(clock.stages), peak_rss_bytes=peak_rss_bytes()
+    )  # fmt: skip
 
 
-def _report(source: Source, applied: Applied, out: Path, clock: Clock, stats: Statistics | None) -> Report:
+def _report(
+    source: Source,
+    applied: Applied,
+    out: Path,
+    seconds: float,
+    stages: Mapping[str, float],
+    stats: Statistics | None,
+    more: Sequence[str],
+) -> Report:
     plan = applied.plan
     after = tensor_bytes(applied)
-    notes = []
+    notes = list(more)
     if applied.config.get("quantization_config"):
         notes.append("the stored quantization was kept: codes and scales of the kept experts are the source's bytes")
     if plan.mtp == "drop" and any(
@@ -254,9 +294,9 @@ def _report(source: Source, applied: Applied, out: Path, clock: Clock, stats: St
         experts_after=[len(layer.picks) for layer in plan.layers],
         predicted_nats=None,
         predicted_nats_reason=NO_PRICE,
-        seconds=clock.seconds,
+        seconds=seconds,
         peak_rss_bytes=peak_rss_bytes(),
-        stages=dict(clock.stages),
+        stages=stages,
         method=plan.made_by.get("method"),
         settings=plan.made_by.get("settings", {}),
         source=str(source.folder),

@@ -9,7 +9,7 @@ import numpy as np
 
 from moezip.arch.spec import LayerFacts
 from moezip.calibrate.statistics import Array
-from moezip.errors import PlanError
+from moezip.errors import PlanError, UsageError
 from moezip.plan.plan import LayerPlan, Pick, require_keepable
 
 
@@ -17,15 +17,15 @@ def kept_count(experts: int, keep: int | None, ratio: float | None) -> int:
     """Experts kept per layer, from a count or from the share removed (rounded half up).
 
     Raises:
-        PlanError: neither or both given, or a share outside 0 to 1.
+        UsageError: neither or both given, or a share outside 0 to 1.
     """
     if (keep is None) == (ratio is None):
-        raise PlanError("say how much to keep", next="give either --keep N or --ratio R (the share removed)")
+        raise UsageError("say how much to keep", next="give either --keep N or --ratio R (the share removed)")
     if keep is not None:
         return keep
     assert ratio is not None
     if not 0 <= ratio < 1:
-        raise PlanError(f"--ratio {ratio:g} is not a share removed", next="give a number from 0 up to, not with, 1")
+        raise UsageError(f"--ratio {ratio:g} is not a share removed", next="give a number from 0 up to, not with, 1")
     # half up on the decimal value that the user typed: 1 - 0.3 is 0.7000000000000001 in binary
     return math.floor(round(experts * (1 - ratio), 9) + 0.5)
 

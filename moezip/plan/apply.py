@@ -101,6 +101,11 @@ class Applied:
         self._views[target] = view
         self._specs[target] = replace(spec, name=target, shape=shape)
 
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether every tensor is the source's: a plan that keeps all experts may still drop extra layers."""
+        return self.plan.keeps_all and self.names() == self._source.names()
+
     # -- Source ---------------------------------------------------------------------------------------------
 
     @property

@@ -1,0 +1,5 @@
+"""``python -m moezip``."""
+
+from moezip.cli import main
+
+main()
