@@ -84,7 +84,7 @@ class HiddenStates:
         if file.stat().st_size != self.bytes:
             raise MoezipError(
                 f"saved hidden states have {file.stat().st_size} bytes, {self.bytes} were expected", where=file,
-                next="delete the work folder and start again",
+                next="start afresh without --resume",
             )  # fmt: skip
         for start in range(self.shape[0]):
             row = np.fromfile(file, np.uint8, self.row_bytes, offset=start * self.row_bytes)

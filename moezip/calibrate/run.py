@@ -16,7 +16,7 @@ from moezip.calibrate.record import Record
 from moezip.calibrate.statistics import Domain, Statistics
 from moezip.calibrate.stream import Stream
 from moezip.checkpoint.source import Source
-from moezip.errors import MoezipError
+from moezip.errors import MoezipError, StatisticsError
 from moezip.progress import Progress, Watch, unwatched
 
 # A pass is saved after a layer if the last save is older than this: saving costs a write of all hidden states, losing
@@ -116,24 +116,34 @@ class Saved:
         """The layer to go on from and the rows per micro-batch; 0 and ``micro_rows`` if nothing was saved.
 
         Raises:
-            MoezipError: what was saved is of another job.
+            MoezipError: what was saved is of another job, or damaged.
         """
         if not self._state.exists():
             return 0, micro_rows
-        state = json.loads(self._state.read_text())
-        if state["job"] != self.job:
+        try:
+            state = json.loads(self._state.read_text())
+            job, layer, rows = str(state["job"]), int(state["next_layer"]), int(state["micro_rows"])
+        except (ValueError, KeyError, TypeError) as fault:
+            raise self._damaged(self._state) from fault
+        if job != self.job:
             raise MoezipError(
                 "the work folder holds an interrupted pass with another checkpoint, other data or other settings",
                 where=self.folder,
                 next="repeat the interrupted command unchanged, or start afresh without --resume",
             )
-        layer = int(state["next_layer"])
-        states.restore(self.folder / f"hidden-{layer}.bin")
-        sums = Statistics.load(self.folder / f"sums-{layer}.safetensors")
-        capture.sums = {
-            domain.name: {i: dict(named) for i, named in domain.layers.items()} for domain in sums.domains
-        }
-        return layer, int(state["micro_rows"])
+        try:
+            states.restore(self.folder / f"hidden-{layer}.bin")
+            sums = Statistics.load(self.folder / f"sums-{layer}.safetensors")
+        except (OSError, StatisticsError) as fault:
+            raise self._damaged(self.folder) from fault
+        capture.sums = {domain.name: {i: dict(named) for i, named in domain.layers.items()} for domain in sums.domains}
+        return layer, rows
+
+    @staticmethod
+    def _damaged(where: Path) -> MoezipError:
+        return MoezipError(
+            "what an interrupted pass left behind is damaged", where=where, next="start afresh without --resume"
+        )
 
     def _forget(self, keep: int | None) -> None:
         for pattern in ("hidden-*.bin", "sums-*.safetensors"):

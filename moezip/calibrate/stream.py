@@ -260,12 +260,21 @@ class Stream:
         mask = None if rows.mask is None else rows.mask[start:stop]
         if capture is not None:
             capture.expect(None if mask is None else mask.to(self.device))
+        hidden: Any = None
+        result: Any = None
         try:
             hidden = states.read(start, stop).to(self.device)
             result = self._call(index, rows.ids[start:stop], mask, hidden)
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as fault:
             if stop - start == 1:
-                raise
+                raise MoezipError(
+                    f"one row of {rows.ids.shape[1]} tokens is too much for the memory of {self.device}",
+                    where=f"decoder layer {index}",
+                    next="use a shorter --seq-len, or --device cpu",
+                ) from fault
+        if result is None:
+            # only here, where the exception no longer holds on to the failed attempt's tensors, is their memory free
+            hidden = None
             middle = (start + stop) // 2
             self.micro_rows = max((stop - start) // 2, 1)
             self._step(index, rows, states, start, middle, capture)
