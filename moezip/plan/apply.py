@@ -144,6 +144,7 @@ class Applied:
         import torch
 
         spec, view = self.spec(name), self._views[name]
+        self._require_rows(spec, rows)
         if view.entries is None:
             return self._source.read(view.origin, rows)
         if view.axis == 0:
@@ -158,8 +159,8 @@ class Applied:
         return whole if rows is None else whole[rows.start : rows.stop]
 
     def chunks(self, name: str, rows: range | None = None) -> Iterator[memoryview]:
-        self.spec(name)
-        view = self._views[name]
+        spec, view = self.spec(name), self._views[name]
+        self._require_rows(spec, rows)
         if view.entries is None:
             yield from self._source.chunks(view.origin, rows)
         elif view.axis == 0:
@@ -169,6 +170,10 @@ class Applied:
             import torch
 
             yield memoryview(self.read(name, rows).contiguous().view(torch.uint8).numpy().tobytes())
+
+    def _require_rows(self, spec: TensorSpec, rows: range | None) -> None:
+        if rows is not None and (not spec.shape or rows.step != 1 or not 0 <= rows.start <= rows.stop <= spec.shape[0]):
+            raise CheckpointError(f"{spec.name} of shape {list(spec.shape)} has no rows {rows}", where=self.folder)
 
     # -- config ---------------------------------------------------------------------------------------------
 

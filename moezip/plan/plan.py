@@ -164,7 +164,10 @@ class Plan:
                 )
                 for entry in data["layers"]
             )
-            return cls(data["source"], data["architecture"], layers, data["mtp"], data.get("made_by", {}))
+            names = [data[key] for key in ("source", "architecture", "mtp")]
+            if not all(isinstance(name, str) for name in names):
+                raise TypeError(f"source, architecture and mtp must be texts, not {names}")
+            return cls(names[0], names[1], layers, names[2], dict(data.get("made_by", {})))
         except (ValueError, KeyError, TypeError) as fault:
             raise PlanError(
                 f"this is no plan, or a damaged one ({type(fault).__name__}: {fault})", where=where,
@@ -173,10 +176,16 @@ class Plan:
 
     @classmethod
     def load(cls, path: Path) -> Plan:
+        """Raises PlanError if the file cannot be read, or is no plan."""
         try:
-            return cls.from_json(path.read_text(encoding="utf-8"), path)
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as fault:
+            raise PlanError("this is no plan: it is not text", where=path, next="name a plan.json") from fault
         except OSError as fault:
-            raise PlanError(f"the plan cannot be read ({fault.strerror})", where=path) from fault
+            raise PlanError(
+                f"the plan cannot be read ({fault.strerror})", where=path, next="name a plan.json"
+            ) from fault
+        return cls.from_json(text, path)
 
 
 def _pick_json(pick: Pick) -> Any:

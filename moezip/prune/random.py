@@ -9,6 +9,7 @@ import numpy as np
 
 from moezip.arch.spec import LayerFacts
 from moezip.calibrate.statistics import Array
+from moezip.errors import UsageError
 from moezip.prune.params import PruneParams
 from moezip.registry import Method
 
@@ -20,6 +21,10 @@ class RandomParams(PruneParams):
     """
 
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise UsageError(f"seed {self.seed} is below 0", where="--seed", next="give 0 or more")
 
 
 def score(facts: LayerFacts, stats: Mapping[str, Array], params: RandomParams) -> Array:
