@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from moezip import __version__, console
 from moezip.console import results
@@ -18,8 +19,23 @@ if TYPE_CHECKING:
     from moezip.pipeline import Common
     from moezip.progress import Watch
 
+
+
+class _Interrupted(Exception):
+    """Ctrl-C, which is its cause. Under its own name it would be swallowed by typer, and the advice with it."""
+
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            raise _Interrupted from stop
+
+
 app = typer.Typer(
     name="moezip",
+    cls=_Commands,
     help="Makes Mixture-of-Experts checkpoints small: measures experts on your text, keeps those that matter, writes a "
     "checkpoint that stock loaders read. Streams models larger than memory.",
     no_args_is_help=True,
@@ -382,8 +398,7 @@ def main() -> None:
     except _Wrong as error:
         error.show()
         code = 2
-    except (KeyboardInterrupt, typer.Abort) as stop:
-        # typer turns the first into the second, and keeps it as the cause
+    except (_Interrupted, KeyboardInterrupt, typer.Abort) as stop:
         notes = getattr(stop.__cause__ or stop, "__notes__", [])
         console.say("\n".join(["interrupted: no half-written output was left", *notes]))
         code = 130

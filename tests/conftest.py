@@ -10,9 +10,12 @@ os.environ.setdefault("MKL_NUM_THREADS", "1")
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.command import Cli
 
 
 @pytest.fixture(scope="session")
@@ -34,3 +37,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return get
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> "Cli":
+    """``cli("prune", folder, out, "--keep", 4)``: the command's exit code, stdout and stderr."""
+    from tests.command import in_process
+
+    return in_process(monkeypatch, capfd)
