@@ -6,7 +6,9 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from itertools import pairwise
+from math import floor
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,8 @@ def array(*values: float) -> np.ndarray:
         (8, 0.0, 8),
         (15, 0.5, 8),  # 7.5 rounds up
         (5, 0.5, 3),  # 2.5 rounds up, not to the even 2
-        (100, 0.29, 71),  # in binary 100 * (1 - 0.29) is 71.0 or a hair less
+        (100, 0.29, 71),
+        (30, 0.55, 14),  # 13.5
         (10, 0.7, 3),
         (10, 0.45, 6),  # 5.5
         (128, 0.5, 64),
@@ -62,9 +65,12 @@ def test_ratio_is_the_share_removed_rounded_half_up(experts: int, ratio: float, 
     assert kept_count(experts, None, ratio) == kept
 
 
-def test_every_share_of_a_hundred_is_exact() -> None:
-    assert [kept_count(100, None, i / 100) for i in range(100)] == [100 - i for i in range(100)]
-    assert [kept_count(200, None, i / 200) for i in range(200)] == [200 - i for i in range(200)]
+@pytest.mark.parametrize("experts", [5, 8, 15, 30, 60, 64, 100, 128, 160, 384])
+def test_every_share_in_thousandths_is_exact(experts: int) -> None:
+    # in binary, 30 * (1 - 0.55) is 13.499999999999998
+    for i in range(1000):
+        exact = Fraction(experts) * (1 - Fraction(i, 1000))
+        assert kept_count(experts, None, i / 1000) == floor(exact + Fraction(1, 2)), i
 
 
 def test_a_count_is_taken_as_it_is() -> None:
