@@ -96,7 +96,11 @@ def _record_at(loc: Sequence[str | int]) -> type[BaseModel] | None:
 
 def _explained(error: ValidationError, places: Places) -> RecipeError:
     """The first fault of the file, in words, and how many more there are."""
-    faults = sorted(error.errors(), key=lambda fault: (places.line(fault["loc"]), len(fault["loc"])))
+    # a mistyped key is missing under its right name, too, and that is the lesser help
+    faults = sorted(
+        error.errors(),
+        key=lambda fault: (fault["type"] == "missing", places.line(fault["loc"]), len(fault["loc"])),
+    )
     fault = faults[0]
     loc: Loc = fault["loc"]
     name = str(loc[-1]) if loc else "the recipe"
