@@ -1,0 +1,307 @@
+"""Recipes: what is shared, what is skipped, what runs again, and the promise that the demo makes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.command import Cli, process, tree, write_text
+
+TOKENS = 256
+Tiny = Callable[..., Path]
+Recipe = dict[str, Any]
+
+
+@pytest.fixture
+def recipe(tiny: Tiny, tmp_path: Path) -> Recipe:
+    """Two domains, and three jobs that decide with them in different ways."""
+    for i, name in enumerate(("one", "two", "held")):
+        write_text(tmp_path / f"{name}.jsonl", seed=i)
+    measure = {"evaluate": {"data": "held.jsonl", "against": "source", "tokens": TOKENS}}
+    return {
+        "version": 1,
+        "model": str(tiny("qwen3_moe")),
+        "output": str(tmp_path / "out"),
+        "seq_len": 64,
+        "calibration": {
+            "one": {"data": "one.jsonl", "tokens": TOKENS},
+            "two": {"data": "two.jsonl", "tokens": TOKENS},
+        },
+        "jobs": {
+            "narrow": {"steps": [{"prune": {"method": "reap", "keep": 4, "calibration": "one"}}, measure]},
+            "wide": {"steps": [{"prune": {"method": "easy-ep", "ratio": 0.5}}]},
+            "chance": {"steps": [{"prune": {"method": "random", "keep": 4}}, measure]},
+        },
+    }
+
+
+@pytest.fixture
+def run(cli: Cli, tmp_path: Path) -> Callable[..., Any]:
+    """Writes the recipe to a file and runs it; the answer."""
+
+    def go(recipe: Recipe, *words: object) -> Any:
+        file = tmp_path / "recipe.yaml"
+        file.write_text(yaml.safe_dump(recipe, sort_keys=False))
+        return cli("run", file, *words)
+
+    return go
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The domains of every calibration pass that is run."""
+    from moezip.calibrate import run as module
+
+    seen: list[list[str]] = []
+    calibrate = module.calibrate
+
+    def counted(source: Any, rows: Any, *args: Any, **options: Any) -> Any:
+        seen.append(list(dict.fromkeys(rows.domains)))
+        return calibrate(source, rows, *args, **options)
+
+    monkeypatch.setattr(module, "calibrate", counted)
+    return seen
+
+
+def states(answer: Any) -> dict[str, bool]:
+    """Job -> whether it was skipped."""
+    assert answer.code == 0, answer.err
+    return {job["name"]: job["skipped"] for job in answer.json["jobs"]}
+
+
+def test_jobs_share_one_pass_and_a_second_run_skips_everything(
+    run: Callable[..., Any], recipe: Recipe, passes: list[list[str]], tmp_path: Path
+) -> None:
+    first = run(recipe, "--json")
+    assert states(first) == {"narrow": False, "wide": False, "chance": False}
+    assert passes == [["one", "two"]]
+    jobs = {job["name"]: job for job in first.json["jobs"]}
+    assert jobs["narrow"]["report"]["statistics"] == {"one": TOKENS}
+    assert jobs["wide"]["report"]["statistics"] == {"one": TOKENS, "two": TOKENS}
+    assert jobs["narrow"]["report"]["experts_after"] == [4, 4, 4]
+    assert jobs["narrow"]["evaluations"][0]["against"]["kl"] > 0 and jobs["wide"]["evaluations"] == []
+    out = tmp_path / "out"
+    assert {"narrow", "wide", "chance", "recipe.yaml", "state.json", "statistics"} < set(tree(out))
+    assert not (out / "work").exists()
+
+    before = tree(tmp_path)
+    again = run(recipe, "--json")
+    assert states(again) == {"narrow": True, "wide": True, "chance": True}
+    assert len(passes) == 1 and tree(tmp_path) == before
+    # what is said of a skipped job is what was said when it ran
+    for one, two in zip(first.json["jobs"], again.json["jobs"], strict=True):
+        assert {**one, "skipped": None} == {**two, "skipped": None}
+    people = run(recipe)
+    assert people.code == 0 and people.out.count("finished before") == 3
+
+
+def change_method(recipe: Recipe, _: Path) -> None:
+    recipe["jobs"]["narrow"]["steps"][0]["prune"]["keep"] = 5
+
+
+def change_held_out_text(_: Recipe, folder: Path) -> None:
+    write_text(folder / "held.jsonl", seed=9)
+
+
+def change_calibration_text(_: Recipe, folder: Path) -> None:
+    write_text(folder / "two.jsonl", seed=9)
+
+
+def change_weight(recipe: Recipe, _: Path) -> None:
+    recipe["calibration"]["two"]["weight"] = 3.0
+
+
+def remove_output(_: Recipe, folder: Path) -> None:
+    shutil.rmtree(folder / "out/wide")
+
+
+def remove_results(_: Recipe, folder: Path) -> None:
+    (folder / "out/chance.evaluate.json").unlink()
+
+
+def remove_everything_but_the_state(_: Recipe, folder: Path) -> None:
+    remove_output(_, folder)
+    shutil.rmtree(folder / "out/statistics")
+
+
+@pytest.mark.parametrize(
+    ("change", "rerun", "new_passes"),
+    [
+        (change_method, {"narrow"}, []),
+        (change_held_out_text, {"narrow", "chance"}, []),
+        (change_calibration_text, {"wide"}, [["two"]]),
+        (change_weight, {"wide"}, []),
+        (remove_output, {"wide"}, []),
+        (remove_results, {"chance"}, []),
+        (remove_everything_but_the_state, {"wide"}, [["one", "two"]]),
+    ],
+)
+def test_only_what_changed_runs_again(
+    run: Callable[..., Any], recipe: Recipe, passes: list[list[str]], tmp_path: Path,
+    change: Callable[[Recipe, Path], None], rerun: set[str], new_passes: list[list[str]],
+) -> None:  # fmt: skip
+    assert run(recipe).code == 0
+    passes.clear()
+    change(recipe, tmp_path)
+    assert {name for name, skipped in states(run(recipe, "--json")).items() if not skipped} == rerun
+    assert passes == new_passes
+    assert all(states(run(recipe, "--json")).values())
+
+
+def test_an_interrupted_batch_goes_on(
+    run: Callable[..., Any], recipe: Recipe, passes: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moezip.pipeline import batch
+
+    write = batch.write_plan
+
+    def second_job(source: Any, plan: Any, out: Path, *rest: Any) -> Any:
+        if out.name == "wide":
+            raise KeyboardInterrupt
+        return write(source, plan, out, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(batch, "write_plan", second_job)
+        answer = run(recipe)
+    assert answer.code == 130
+    assert "finished jobs and statistics are kept: the same command again" in answer.err
+    assert "--resume" not in answer.err  # `run` has no such option
+    assert (tmp_path / "out/narrow").is_dir() and not (tmp_path / "out/wide").exists()
+    assert states(run(recipe, "--json")) == {"narrow": True, "wide": False, "chance": False}
+    assert passes == [["one", "two"]]
+
+
+def test_an_interrupted_pass_of_a_batch_goes_on(
+    run: Callable[..., Any], recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moezip.calibrate import run as module
+    from moezip.calibrate.capture import Capture
+
+    monkeypatch.setattr(module.calibrate, "__kwdefaults__", {**module.calibrate.__kwdefaults__, "save_every": 0.0})
+    watch, seen = Capture.watch, []
+
+    def stop(self: Capture, index: int, layer: Any) -> None:
+        if index == 1:
+            raise KeyboardInterrupt
+        watch(self, index, layer)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Capture, "watch", stop)
+        answer = run(recipe)
+    assert answer.code == 130 and "saved up to layer 1" in answer.err
+
+    def note(self: Capture, index: int, layer: Any) -> None:
+        seen.append(index)
+        watch(self, index, layer)
+
+    monkeypatch.setattr(Capture, "watch", note)
+    assert run(recipe).code == 0
+    assert seen == [1, 2]
+    assert not (tmp_path / "out/work").exists()
+
+
+def test_only_runs_a_job_and_what_it_needs(
+    run: Callable[..., Any], recipe: Recipe, passes: list[list[str]], tmp_path: Path
+) -> None:
+    assert states(run(recipe, "--only", "chance", "--json")) == {"chance": False}
+    assert passes == [] and not (tmp_path / "out/narrow").exists()
+    recipe["jobs"]["chance"]["needs"] = ["narrow"]
+    # needed jobs come first; `chance` changed by its need
+    answer = run(recipe, "--only", "chance", "--json")
+    assert [job["name"] for job in answer.json["jobs"]] == ["narrow", "chance"]
+    assert states(answer) == {"narrow": False, "chance": False}
+    assert passes == [["one"]]
+    wrong = run(recipe, "--only", "chanse")
+    assert wrong.code == 2 and "did you mean 'chance'" in wrong.err
+
+
+def test_jobs_come_after_what_they_need(run: Callable[..., Any], recipe: Recipe) -> None:
+    recipe["jobs"]["narrow"]["needs"] = ["chance"]
+    answer = run(recipe, "--json")
+    assert [job["name"] for job in answer.json["jobs"]] == ["chance", "narrow", "wide"]
+
+
+def test_a_calibrate_step_alone(
+    run: Callable[..., Any], recipe: Recipe, passes: list[list[str]], tmp_path: Path
+) -> None:
+    recipe["jobs"] = {"observe": {"steps": [{"calibrate": {"calibration": "two"}}]}}
+    assert states(run(recipe, "--json")) == {"observe": False}
+    assert passes == [["two"]] and tree(tmp_path / "out/statistics") == ["two.safetensors"]
+
+
+def test_an_output_of_something_else_is_refused(run: Callable[..., Any], recipe: Recipe, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    answer = run(recipe)
+    assert answer.code == 1 and "holds something else" in answer.err and str(out) in answer.err
+    assert tree(out) == ["thesis.txt"]
+    shutil.rmtree(out)
+    out.write_text("a file")
+    assert run(recipe).code == 1 and out.read_text() == "a file"
+    del recipe["output"]
+    answer = run(recipe)
+    assert answer.code == 1 and "--set output=FOLDER" in answer.err
+    assert run(recipe, "--set", f"output={tmp_path / 'there'}", "--only", "chance").code == 0
+    assert (tmp_path / "there/chance/config.json").is_file()
+
+
+def test_what_cannot_work_is_refused_before_the_first_pass(
+    run: Callable[..., Any], recipe: Recipe, passes: list[list[str]], tmp_path: Path
+) -> None:
+    recipe["jobs"]["wide"]["steps"][0]["prune"] = {"method": "reap", "keep": 1}
+    answer = run(recipe)
+    assert answer.code == 1 and "keep at least 2" in answer.err
+    recipe["jobs"]["wide"]["steps"] = [{"prune": {"method": "random", "keep": keep}} for keep in (6, 4)]
+    answer = run(recipe)
+    assert answer.code == 1 and "prunes twice" in answer.err and "jobs.wide" in answer.err
+    assert passes == [] and not (tmp_path / "out").exists()
+
+
+def test_the_resolved_recipe_is_saved_and_runs_as_it_is(
+    cli: Cli, run: Callable[..., Any], recipe: Recipe, tmp_path: Path
+) -> None:
+    assert run(recipe, "--set", "jobs.narrow.steps.0.prune.keep=3").code == 0
+    saved = yaml.safe_load((tmp_path / "out/recipe.yaml").read_text())
+    assert saved["jobs"]["narrow"]["steps"][0]["prune"]["keep"] == 3
+    assert saved["calibration"]["one"] == {"data": [str(tmp_path / "one.jsonl")], "tokens": TOKENS, "weight": 1.0}
+    assert saved["jobs"]["wide"]["steps"][0]["prune"]["calibration"] == ["one", "two"]
+    assert all(states(cli("run", tmp_path / "out/recipe.yaml", "--json")).values())
+
+
+def test_damaged_state_is_said(run: Callable[..., Any], recipe: Recipe, tmp_path: Path) -> None:
+    assert run(recipe, "--only", "chance").code == 0
+    (tmp_path / "out/state.json").write_text('{"job chance":')
+    answer = run(recipe)
+    assert answer.code == 1 and "state.json" in answer.err and "damaged" in answer.err
+
+
+def test_the_demo_keeps_its_promise(tmp_path: Path) -> None:
+    """The packaged model, as ``make demo`` runs it: about 20 s on a free core, the dearest test of this file."""
+    answer = process("demo", "made", "--json", cwd=tmp_path)
+    assert answer.code == 0, answer.err
+    jobs = {job["name"]: job for job in answer.json["jobs"]}
+    assert jobs["easy-ep"]["report"]["experts_after"] == [8, 8, 8, 8]
+
+    def rises(job: str) -> dict[str, float]:
+        measured = jobs[job]["evaluations"][0]
+        before = measured["against"]["by_file"]
+        return {name: found["nll"] - before[name]["nll"] for name, found in measured["by_file"].items()}
+
+    chosen, chance = rises("easy-ep"), rises("random")
+    assert set(chosen) == {"python", "scripture", "factbook", "arithmetic"}
+    # experts chosen for Python serve Python: it loses least by far, and lots do worse on it
+    assert all(chosen["python"] < 0.5 * rise for name, rise in chosen.items() if name != "python")
+    assert chosen["python"] < 0.5 * chance["python"]
+    # and the table says so, from what was saved
+    again = process("demo", "made", cwd=tmp_path)
+    assert again.code == 0 and "python (chosen for)" in again.out
+    assert f"{chosen['python']:+.3f}" in again.out and f"{chance['python']:+.3f}" in again.out
+    assert process("verify", tmp_path / "made/easy-ep").code == 0
+    assert json.loads((tmp_path / "made/easy-ep/config.json").read_text())["num_experts"] == 8
