@@ -215,6 +215,8 @@ def test_what_is_missing_is_named() -> None:
         small().require(("counts", "norm_sum", "gate_sum"), "stats.safetensors")
     assert caught.value.next == "calibrate again with --record norm_sum --record gate_sum"
     assert caught.value.where == "stats.safetensors"
+    with pytest.raises(StatisticsError, match="hold no domain"):
+        Statistics("abc", ()).require(("counts",))
 
 
 def test_statistics_of_another_checkpoint_are_refused(tiny: Tiny) -> None:

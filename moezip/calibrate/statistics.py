@@ -89,6 +89,10 @@ class Statistics:
 
     def require(self, names: tuple[str, ...], where: object = None) -> None:
         """Raises StatisticsError unless every domain and layer holds the statistics called ``names``."""
+        if not self.domains:
+            raise StatisticsError(
+                "the statistics hold no domain", where=where, next="make them again with `moezip calibrate`"
+            )
         for domain in self.domains:
             for layer, named in domain.layers.items():
                 if missing := [name for name in names if name not in named]:
