@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,13 @@ if TYPE_CHECKING:
 
 # Tokens whose residual stream is turned into float32 at a time: bounds the temporaries of ``turning``.
 CHUNK = 1024
+
+
+class _Inside(threading.local):
+    """What the hooks saw of the micro-batch that runs in this thread."""
+
+    logits: Any = None
+    stream: Any = None
 
 
 class Capture:
@@ -35,8 +43,7 @@ class Capture:
         self.facts = {fact.layer: fact for fact in facts}
         self.sums: dict[str, dict[int, dict[str, Array]]] = {}
         self._routed = Routed()
-        self._logits: Any = None
-        self._stream: Any = None
+        self._inside = _Inside()
         self._hooks: list[Any] = []
 
     def watch(self, layer: int, module: Any) -> None:
@@ -48,10 +55,10 @@ class Capture:
         block.get_submodule(entry.experts_module)._moezip_routed = self._routed
 
         def keep_logits(_module: Any, _args: Any, output: Any) -> None:
-            self._logits = output[0] if isinstance(output, tuple) else output
+            self._inside.logits = output[0] if isinstance(output, tuple) else output
 
         def keep_stream(_module: Any, args: Any) -> None:
-            self._stream = args[0]
+            self._inside.stream = args[0]
 
         self._hooks = [
             block.get_submodule(entry.router_module).register_forward_hook(keep_logits),
@@ -71,27 +78,33 @@ class Capture:
         """Announces the next micro-batch: ``valid`` [n, S] is False on padding, None where there is none."""
         self._routed.valid = None if valid is None else valid.reshape(-1)
 
-    def add(self, layer: int, domain: str) -> None:
-        """Adds what the layer just did with the announced micro-batch to ``domain``."""
+    def seen(self, layer: int) -> dict[str, Array]:
+        """What the layer just did with the announced micro-batch, by record; empty for a layer without experts."""
+        if layer not in self.facts:
+            return {}
+        seen = self._observation(self.facts[layer])
+        found = {record.name: record.update(seen).cpu().numpy() for record in self.records}
+        self._routed.ids = self._routed.output = self._inside.logits = self._inside.stream = None
+        return found
+
+    def add(self, layer: int, domain: str, seen: Mapping[str, Array]) -> None:
+        """Adds one micro-batch to the sums of ``domain``. The order of the calls is the order of the sums."""
         if layer not in self.facts:
             return
-        seen = self._observation(self.facts[layer])
         sums = self.sums.setdefault(domain, {}).setdefault(layer, {})
         for record in self.records:
-            new = record.update(seen).cpu().numpy()
             if record.name not in sums:
                 sums[record.name] = np.zeros(record.shape(self.facts[layer]))
             if record.combine == "max":
-                np.maximum(sums[record.name], new, out=sums[record.name])
+                np.maximum(sums[record.name], seen[record.name], out=sums[record.name])
             else:
-                sums[record.name] += new
-        self._routed.ids = self._routed.output = self._logits = self._stream = None
+                sums[record.name] += seen[record.name]
 
     def _observation(self, facts: LayerFacts) -> Observation:
         routed = self._routed
         ids, gates, norms = routed.ids, routed.gates.float(), routed.norms
-        logits = self._logits.reshape(ids.shape[0], -1).float()
-        stream = self._stream.reshape(ids.shape[0], -1)
+        logits = self._inside.logits.reshape(ids.shape[0], -1).float()
+        stream = self._inside.stream.reshape(ids.shape[0], -1)
         change = turning(stream, routed.output, self.scale)
         peaks = routed.peaks
         if routed.valid is not None:

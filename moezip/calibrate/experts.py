@@ -14,7 +14,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -31,14 +30,16 @@ MIN_ROWS = 16
 ROWS_PER_OCTAVE = 8
 
 
-@dataclass(slots=True)
-class Routed:
+class Routed(threading.local):
     """What one call of an experts module leaves behind for the recorder; filled only if hung on the module.
 
-    ``valid`` [T] bool goes in (False on padding, None without any), the rest comes out.
+    ``valid`` [T] bool goes in (False on padding, None without any), the rest comes out. Every thread sees its own,
+    because micro-batches run side by side.
     """
 
-    valid: Any = None
+    def __init__(self, valid: torch.Tensor | None = None):
+        self.valid = valid
+
     ids: Any = None
     gates: Any = None
     norms: Any = None
@@ -67,6 +68,7 @@ def experts_forward(
     order = torch.argsort(flat, stable=True)
     counts = torch.bincount(flat, minlength=self.num_experts).tolist()[: self.num_experts]
     routed: Routed | None = getattr(self, "_moezip_routed", None)
+    valid = None if routed is None else routed.valid
     rows = order // top_k
     outputs = hidden_states.new_zeros(tokens * top_k, hidden_states.shape[1])
     sorted_norms = torch.zeros(tokens * top_k, dtype=torch.float32, device=flat.device)
@@ -83,7 +85,7 @@ def experts_forward(
         if routed is not None:
             seen = out.detach()
             torch.linalg.vector_norm(seen, dim=-1, dtype=torch.float32, out=sorted_norms[start:stop])
-            real = seen if routed.valid is None else seen[routed.valid[rows[start:stop]]]
+            real = seen if valid is None else seen[valid[rows[start:stop]]]
             if real.numel():
                 low, high = torch.aminmax(real)
                 peaks[expert] = torch.maximum(high, -low)

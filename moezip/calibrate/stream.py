@@ -9,8 +9,10 @@ cost more memory than the layer does.)
 
 from __future__ import annotations
 
-import os
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +21,15 @@ from moezip.arch.skeleton import Skeleton
 from moezip.calibrate.data import Rows
 from moezip.calibrate.experts import register
 from moezip.calibrate.hidden import HiddenStates
+from moezip.calibrate.memory import steady
 from moezip.checkpoint.source import Source
 from moezip.errors import MoezipError
 
 if TYPE_CHECKING:
     import torch
+
+    from moezip.calibrate.capture import Capture
+    from moezip.calibrate.statistics import Array
 
 # Memory that a process needs before any weight is read: interpreter, torch, transformers, and the temporaries of one
 # micro-batch. Measured: 380 MB after building a meta model, the rest is headroom for the micro-batch.
@@ -36,6 +42,8 @@ MAX_ACTIVATION_BYTES = 512 * 2**20
 # one width for each of the k chosen experts' outputs.
 WIDTHS_PER_TOKEN = 14
 MAX_MICRO_TOKENS = 16_384
+# Micro-batches at a time; more would each be too small.
+MAX_SIDE_BY_SIDE = 4
 # Positions whose logits exist at one time.
 HEAD_BYTES = 64 * 2**20
 
@@ -45,6 +53,13 @@ class _Stop(Exception):
 
     def __init__(self, hidden: torch.Tensor):
         self.hidden = hidden
+
+
+class _Now(threading.local):
+    """The layer in turn and its input, of the micro-batch that runs in this thread."""
+
+    turn: int = -1
+    hidden: Any = None
 
 
 class Stream:
@@ -74,9 +89,9 @@ class Stream:
         spill: Path | None = None,
     ):
         import psutil
+        import torch
 
-        # Read by the matrix library at its first product. Its default of 1024 compiled kernels grows by 0.7 MB each.
-        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+        steady()
         plain = decoded(source)
         self.skeleton = Skeleton(
             plain, experts_implementation=experts_implementation or register(), dtype=dtype, device=device
@@ -97,8 +112,14 @@ class Stream:
                 next=f"allow at least {(BASE_BYTES + self.layer_bytes) / 2**30:.2f} GiB",
             )
         self._loaded: set[int] = set()
-        self._turn = -1
-        self._hidden: Any = None
+        self._now = _Now()
+        # Micro-batches run side by side, each on its share of the cores: a product split over all cores ends in a
+        # barrier, and on a machine that does other work besides, barriers were seen to take nine tenths of the time.
+        cores = torch.get_num_threads()
+        self.side_by_side = min(cores, MAX_SIDE_BY_SIDE) if self.device.type == "cpu" else 1
+        self._pool = ThreadPoolExecutor(
+            self.side_by_side, "moezip-rows", torch.set_num_threads, (max(cores // self.side_by_side, 1),)
+        )
         self._run_layer = [layer.forward for layer in self.layers]
         for index, layer in enumerate(self.layers):
             layer.forward = self._stand_in(index)
@@ -111,14 +132,15 @@ class Stream:
         last = len(self.layers) - 1
 
         def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            if self._turn == index:
-                result = self._run_layer[index](self._hidden, *args, **kwargs)
+            now = self._now
+            if now.turn == index:
+                result = self._run_layer[index](now.hidden, *args, **kwargs)
                 raise _Stop(result[0] if isinstance(result, tuple) else result)
-            if self._turn == -1:
+            if now.turn == -1:
                 raise _Stop(hidden_states)
-            if self._turn == last + 1 and index == last:
-                result = self._hidden
-                return result  # type: ignore[no-any-return]
+            if now.turn == last + 1 and index == last:
+                given: torch.Tensor = now.hidden
+                return given
             return hidden_states
 
         return forward
@@ -126,7 +148,7 @@ class Stream:
     def _call(self, turn: int, ids: torch.Tensor, mask: torch.Tensor | None, hidden: Any, **more: Any) -> Any:
         import torch
 
-        self._turn, self._hidden = turn, hidden
+        self._now.turn, self._now.hidden = turn, hidden
         attention = None if mask is None else mask.to(torch.int64).to(self.device)
         try:
             with torch.inference_mode():
@@ -134,7 +156,7 @@ class Stream:
         except _Stop as stop:
             return stop.hidden
         finally:
-            self._hidden = None
+            self._now.hidden = None
 
     def _dummy_embed(self) -> None:
         """Once the embeddings are stored, their table is freed and later calls get an expanded zero of their shape."""
@@ -164,7 +186,7 @@ class Stream:
         entry, config = self.skeleton.architecture, self.source.config
         widths = WIDTHS_PER_TOKEN + entry.integer(config, entry.top_k_key)
         per_token = entry.integer(config, entry.hidden_key) * self.skeleton.dtype.itemsize * widths
-        return max(min(self.activation_bytes // per_token, MAX_MICRO_TOKENS) // width, 1)
+        return max(min(self.activation_bytes // self.side_by_side // per_token, MAX_MICRO_TOKENS) // width, 1)
 
     def steps(self, rows: Rows) -> list[tuple[int, int]]:
         """Micro-batches as row ranges; none crosses a domain."""
@@ -221,7 +243,7 @@ class Stream:
         states: HiddenStates,
         *,
         first: int = 0,
-        capture: Any = None,
+        capture: Capture | None = None,
         keep: bool = False,
     ) -> Iterator[int]:
         """Takes the hidden states through the layers ``first`` and up, yielding each layer's index once it is done.
@@ -241,8 +263,7 @@ class Stream:
             if capture is not None:
                 capture.watch(index, layer)
             try:
-                for start, stop in self.steps(rows):
-                    self._step(index, rows, states, start, stop, capture)
+                self._layer(index, rows, states, capture)
             finally:
                 if capture is not None:
                     capture.release(index, layer)
@@ -253,8 +274,43 @@ class Stream:
                     self._loaded.discard(index)
             yield index
 
-    def _step(self, index: int, rows: Rows, states: HiddenStates, start: int, stop: int, capture: Any) -> None:
-        """One layer over one micro-batch; halves it and tries again where the device runs out of memory."""
+    def _layer(self, index: int, rows: Rows, states: HiddenStates, capture: Capture | None) -> None:
+        """One layer over all micro-batches, several at a time; what was seen is added in their order."""
+        waiting: deque[tuple[str, Future[list[dict[str, Array]]]]] = deque()
+
+        def settle() -> None:
+            domain, future = waiting.popleft()
+            for seen in future.result():
+                if capture is not None:
+                    capture.add(index, domain, seen)
+
+        steps = self.steps(rows)
+        if len(steps) == 1:  # it may have all cores
+            (start, stop), domain = steps[0], rows.domains[0]
+            for seen in self._step(index, rows, states, start, stop, capture):
+                if capture is not None:
+                    capture.add(index, domain, seen)
+            return
+        try:
+            for start, stop in steps:
+                if len(waiting) > self.side_by_side:
+                    settle()
+                job = self._pool.submit(self._step, index, rows, states, start, stop, capture)
+                waiting.append((rows.domains[start], job))
+            while waiting:
+                settle()
+        finally:
+            for _, future in waiting:
+                future.cancel()
+            wait([future for _, future in waiting])
+
+    def _step(
+        self, index: int, rows: Rows, states: HiddenStates, start: int, stop: int, capture: Capture | None
+    ) -> list[dict[str, Array]]:
+        """One layer over one micro-batch: what was seen, in order.
+
+        Halves the micro-batch and tries again where the device runs out of memory.
+        """
         import torch
 
         mask = None if rows.mask is None else rows.mask[start:stop]
@@ -277,9 +333,10 @@ class Stream:
             hidden = None
             middle = (start + stop) // 2
             self.micro_rows = max((stop - start) // 2, 1)
-            self._step(index, rows, states, start, middle, capture)
-            self._step(index, rows, states, middle, stop, capture)
-            return
+            return [
+                *self._step(index, rows, states, start, middle, capture),
+                *self._step(index, rows, states, middle, stop, capture),
+            ]
         real = result if mask is None else result[mask.to(self.device)]
         # one number tells: a sum is finite unless something in it is not (float32 cannot overflow on a sum of bf16
         # activations short of values that are lost anyway)
@@ -289,9 +346,9 @@ class Stream:
                 where=f"rows {start} to {stop - 1}",
                 next="the weights may be damaged (run `moezip verify`), or the dtype overflows",
             )
-        if capture is not None:
-            capture.add(index, rows.domains[start])
+        seen = [] if capture is None else [capture.seen(index)]
         states.write(start, stop, result)
+        return seen
 
     # -- the head -------------------------------------------------------------------------------------------
 
