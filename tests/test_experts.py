@@ -176,7 +176,8 @@ def test_padding_leaves_no_peak() -> None:
     experts, (hidden, ids, gates) = made("mixtral"), inputs([[0, 2], [3, 2], [0, 3]])
     seen = []
     for valid in (None, torch.tensor([True, False, True])):
-        experts._moezip_routed = Routed(valid=valid)
+        experts._moezip_routed = Routed()
+        experts._moezip_routed.valid = valid
         with torch.no_grad():
             output = experts_forward(experts, hidden, ids, gates)
         seen.append((output, experts._moezip_routed))
@@ -191,7 +192,8 @@ def test_padding_leaves_no_peak() -> None:
     assert torch.allclose(masked.peaks, alone.peaks, rtol=1e-6, atol=0)
     assert masked.peaks[2] <= everything.peaks[2]
     # one expert that padding alone reached: nothing
-    experts._moezip_routed = none = Routed(valid=torch.zeros(3, dtype=torch.bool))
+    experts._moezip_routed = none = Routed()
+    none.valid = torch.zeros(3, dtype=torch.bool)
     with torch.no_grad():
         experts_forward(experts, hidden, ids, gates)
     assert not none.peaks.any()

@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +186,31 @@ def test_resuming_keeps_the_micro_batches(tiny: Tiny, tmp_path: Path) -> None:
     assert json.loads((work / "progress.json").read_text())["micro_rows"] == 2
     stats = calibrate(source, rows_of(), RECORDS, workdir=work, resume=True, micro_rows=5)
     assert file_bytes(stats, tmp_path / "two") == wanted
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_two_threads_repeat_themselves_and_resume(tiny: Tiny, tmp_path: Path, two_threads: None) -> None:
+    source, work = Checkpoint.open(tiny("deepseek_v3")), tmp_path / "work"
+    rows = Rows(token_ids(9, 40), None, ("a",) * 6 + ("b",) * 3)
+    found = [file_bytes(calibrate(source, rows, RECORDS, micro_rows=2), tmp_path / f"{i}") for i in range(4)]
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(source, rows, RECORDS, micro_rows=2, workdir=work, watch=Interrupt(2), save_every=0.0)
+    resumed = calibrate(source, rows, RECORDS, workdir=work, resume=True)
+    assert {*found, file_bytes(resumed, tmp_path / "resumed")} == {found[0]}
+    torch.set_num_threads(1)
+    alone = calibrate(source, rows, RECORDS, micro_rows=2)
+    for layer, named in alone.domains[1].layers.items():
+        for name, sums in named.items():
+            # one thread multiplies in other pieces: float32 rounding, through three layers
+            other = Statistics.load(tmp_path / "0").domains[1].layers[layer][name]
+            assert abs(sums - other).max() <= 5e-5 * abs(sums).max(), (layer, name)
 
 
 def test_resuming_something_else_is_refused(tiny: Tiny, tmp_path: Path) -> None:
