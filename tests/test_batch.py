@@ -194,7 +194,7 @@ def test_an_interrupted_pass_of_a_batch_goes_on(
     with monkeypatch.context() as patched:
         patched.setattr(Capture, "watch", stop)
         answer = run(recipe)
-    assert answer.code == 130 and "saved up to layer 1" in answer.err
+    assert answer.code == 130 and "1 of 3 layers are calibrated and saved" in answer.err
 
     def note(self: Capture, index: int, layer: Any) -> None:
         seen.append(index)

@@ -387,7 +387,7 @@ def test_quiet_says_nothing_and_json_leaves_only_json(model: Path, text: Path, t
     assert both.code == 0 and both.err == "" and both.json["tokens"] > 0
     loud = process("calibrate", *words, "--out", tmp_path / "s", "--json", NO_COLOR="1")
     assert loud.code == 0 and loud.json["tokens"] == TOKENS
-    assert loud.err == "calibrate: 3 layers done\n"  # not a terminal: one line per stage, no bars, no colour
+    assert loud.err == "read text: done\ncalibrate: 3 layers done\n"  # not a terminal: one line per stage, no bars, no colour
     assert "\x1b" not in process("inspect", model).out
 
 
@@ -433,7 +433,7 @@ def test_interrupted_calibration_ends_with_130_and_resumes(
         assert not any(name.startswith(("out", ".out")) for name in tree(tmp_path))
         patched.setattr(passes.calibrate, "__kwdefaults__", {**passes.calibrate.__kwdefaults__, "save_every": 0.0})
         kept = cli(*words)
-        assert kept.code == 130 and "saved up to layer 2" in kept.err and "--resume" in kept.err
+        assert kept.code == 130 and "2 of 3 layers are calibrated and saved" in kept.err and "--resume" in kept.err
     assert not (tmp_path / "out").exists() and (tmp_path / "out.moezip-work/progress.json").is_file()
 
     done: list[int] = []

@@ -12,8 +12,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from moezip.errors import MoezipError
 from moezip.progress import Progress as Step
@@ -54,24 +55,48 @@ class _Bars:
     """One bar per stage: done of total, tokens per second, memory, time left."""
 
     def __init__(self, bars: Progress):
-        self._bars, self._tasks, self._begun = bars, dict[str, TaskID](), dict[str, tuple[float, int]]()
+        self._bars, self._tasks = bars, dict[str, TaskID]()
 
     def __call__(self, step: Step) -> None:
-        if step.stage not in self._tasks or self._bars.tasks[self._tasks[step.stage]].total != step.total:
-            self._tasks[step.stage] = self._bars.add_task(step.stage, total=step.total, note="")
-            self._begun[step.stage] = (time.monotonic(), step.done)
-        self._bars.update(self._tasks[step.stage], completed=step.done, note=self._note(step))
-
-    def _note(self, step: Step) -> str:
-        begun, first = self._begun[step.stage]
+        now, task = time.monotonic(), self._task(step)
+        fields = task.fields
         notes = [f"{step.done}/{step.total} {step.unit}" if step.unit != "bytes" else size(step.done)]
-        elapsed = time.monotonic() - begun
-        if step.tokens and step.done > first and elapsed > 0:
-            share = (step.done - first) / step.total
-            notes.append(f"{step.tokens * share / elapsed:,.0f} tokens/s")
-        if memory := resident_bytes():
-            notes.append(f"{size(memory)} in memory")
-        return ", ".join(notes)
+        elapsed, done = now - fields["begun"], step.done - fields["first"]
+        if done > 0 and elapsed > 0:
+            fields["ends"] = now + elapsed / done * (step.total - step.done)
+            if step.tokens:
+                notes.append(f"{step.tokens * done / step.total / elapsed:,.0f} tokens/s")
+        self._bars.update(task.id, completed=step.done, note=", ".join(notes))
+
+    def _task(self, step: Step) -> Task:
+        """The bar of the step's stage; another one where the stage has begun again."""
+        known = self._tasks.get(step.stage)
+        if known is None or self._at(known).total != step.total or self._at(known).completed > step.done:
+            known = self._tasks[step.stage] = self._bars.add_task(
+                step.stage, total=step.total, note="", begun=time.monotonic(), first=step.done, ends=None
+            )
+        return self._at(known)
+
+    def _at(self, known: TaskID) -> Task:
+        return next(task for task in self._bars.tasks if task.id == known)
+
+
+class _Now(ProgressColumn):
+    """Memory and time left while a stage runs, its time once it is done.
+
+    The time left is of the whole stage so far: rich's own looks back 30 s, and a layer may take longer than that.
+    """
+
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        now = time.monotonic()
+        if task.finished:
+            return Text(duration(task.finished_time or 0))
+        notes = [f"{size(memory)} in memory"] if (memory := resident_bytes()) else []
+        if task.fields["ends"] is not None:
+            notes.append(f"{duration(max(task.fields['ends'] - now, 0))} left")
+        return Text(", ".join(notes))
 
 
 @contextmanager
@@ -81,12 +106,12 @@ def watching(quiet: bool) -> Iterator[Watch]:
         yield unwatched
     elif talk.is_terminal:
         columns = (
-            TextColumn("{task.description:<12}"),
-            BarColumn(bar_width=30),
-            TextColumn("{task.fields[note]}"),
-            TimeRemainingColumn(compact=True),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[note]}", markup=False),
+            _Now(),
         )
-        with Progress(*columns, console=talk, transient=False) as bars:
+        with Progress(*columns, console=talk) as bars:
             yield _Bars(bars)
     else:
         yield _line

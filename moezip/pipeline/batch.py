@@ -21,6 +21,7 @@ from moezip.pipeline.calibrate import run_calibration
 from moezip.pipeline.common import Clock, Common, Opened, opened
 from moezip.pipeline.evaluate import evaluate_command
 from moezip.pipeline.prune import PruneJob, make_plan, prepare_prune, write_plan
+from moezip.progress import Progress, Watch
 from moezip.recipe import Recipe, dump
 
 if TYPE_CHECKING:
@@ -175,15 +176,16 @@ class Batch:
         if (before := self.finished(name)) is not None:
             return before
         digest = self.job_digest(name)
+        common = replace(self.common, watch=_labelled(name, self.common.watch))
         out: Path | None = None
         report: dict[str, Any] | None = None
         evaluations: list[dict[str, Any]] = []
         for step in self.recipe.jobs[name].steps:
             if step.prune is not None:
                 out = self.folder / name
-                report = self._prune(step.prune, out)
+                report = self._prune(step.prune, out, common)
             if step.evaluate is not None:
-                evaluations.append(self._evaluate(step.evaluate, str(out or self.recipe.model)))
+                evaluations.append(self._evaluate(step.evaluate, str(out or self.recipe.model), common))
         record = {"out": None if out is None else str(out), "report": report, "evaluations": evaluations}
         _write(self.folder / f"{name}.evaluate.json", json.dumps(record, indent=2) + "\n")
         self.finish(f"job {name}", digest)
@@ -194,22 +196,22 @@ class Batch:
         settings = {key: str(value) for key, value in step.settings.items()}
         return PruneJob(step.method, step.keep, step.ratio, settings, weights=weights)
 
-    def _prune(self, step: Prune, out: Path) -> dict[str, Any]:
+    def _prune(self, step: Prune, out: Path, common: Common) -> dict[str, Any]:
         from dataclasses import asdict
 
         clock, job = Clock(), self._prune_job(step)
-        prepared = prepare_prune(self.recipe.model, job, self.common)
+        prepared = prepare_prune(self.recipe.model, job, common)
         stats: Statistics | None = None
         for name in self.needed(step):
             stats = self.statistics[name] if stats is None else stats + self.statistics[name]
-        plan = make_plan(prepared, job, stats, self.common)
+        plan = make_plan(prepared, job, stats, common)
         # what stands there is of an unfinished or a changed job of this very recipe
-        common = replace(self.common, overwrite=True)
+        common = replace(common, overwrite=True)
         return asdict(write_plan(prepared.model.source, plan, out, common, clock, stats))
 
-    def _evaluate(self, step: Evaluate, checkpoint: str) -> dict[str, Any]:
+    def _evaluate(self, step: Evaluate, checkpoint: str, common: Common) -> dict[str, Any]:
         against = self.recipe.model if step.against == "source" else step.against
-        common = self.common if step.seq_len is None else replace(self.common, seq_len=step.seq_len)
+        common = common if step.seq_len is None else replace(common, seq_len=step.seq_len)
         result = evaluate_command(
             checkpoint, common, against=against, data=step.data, tasks=step.tasks, tokens=step.tokens
         )
@@ -259,6 +261,15 @@ def _with_needs(recipe: Recipe, only: str) -> list[str]:
                 wanted.add(name)
                 queue.append(name)
     return [name for name in recipe.order() if name in wanted]
+
+
+def _labelled(job: str, watch: Watch) -> Watch:
+    """A watch that says which job a stage belongs to."""
+
+    def labelled(step: Progress) -> None:
+        watch(replace(step, stage=f"{job}: {step.stage}"))
+
+    return labelled
 
 
 def _digest(parts: Iterable[str]) -> str:

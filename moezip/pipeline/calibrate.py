@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from moezip.errors import MoezipError
 from moezip.pipeline.common import Clock, Common, Opened, opened, refuse_file
+from moezip.progress import Progress
 from moezip.report.report import peak_rss_bytes
 
 KEPT = "statistics.safetensors"  # in the work folder
@@ -41,7 +42,9 @@ def run_calibration(
     begun = time.time()
     records = chosen_records(record)
     tokenizer = tokenizer_of(model.source.folder)
+    common.watch(Progress("read text", 0, 1, "steps"))
     rows = load_rows(texts, tokenizer, common.seq_len or default_seq_len(model.source.config))
+    common.watch(Progress("read text", 1, 1, "steps"))
     workdir = common.workdir or workdir
     if common.resume and workdir is not None and (workdir / KEPT).is_file():
         kept = Statistics.load(workdir / KEPT)
@@ -65,7 +68,8 @@ def run_calibration(
             watch=common.watch,
         )
     except KeyboardInterrupt as stop:
-        stop.add_note(_standing(workdir, begun, common.resume))
+        layers = model.architecture.integer(model.source.config, model.architecture.layers_key)
+        stop.add_note(_standing(workdir, begun, common.resume, layers))
         raise
     if workdir is not None:
         stats.save(workdir / KEPT)
@@ -106,11 +110,11 @@ def forget(workdir: Path) -> None:
         workdir.rmdir()
 
 
-def _standing(workdir: Path | None, begun: float, resumed: bool) -> str:
+def _standing(workdir: Path | None, begun: float, resumed: bool, layers: int) -> str:
     """How far an interrupted pass is saved."""
     state = None if workdir is None else workdir / "progress.json"
     if state is not None and state.is_file() and (resumed or state.stat().st_mtime >= begun):
-        return f"the calibration is saved up to layer {json.loads(state.read_text())['next_layer']}, in {workdir}"
+        return f"{json.loads(state.read_text())['next_layer']} of {layers} layers are calibrated and saved in {workdir}"
     return "the calibration had not been saved yet (it is every minute), so it starts anew"
 
 
