@@ -219,6 +219,13 @@ def test_what_is_missing_is_named() -> None:
         Statistics("abc", ()).require(("counts",))
 
 
+def test_a_layer_that_is_missing_is_named() -> None:
+    present = list(small().domains[0].layers)
+    small().require((), layers=present)
+    with pytest.raises(StatisticsError, match=r"lack layers \[99\]"):
+        small().require((), layers=[*present, 99])
+
+
 def test_statistics_of_another_checkpoint_are_refused(tiny: Tiny) -> None:
     rows = rows_of(token_ids(1, 4))
     stats = calibrate(Checkpoint.open(tiny("qwen3_moe")), rows, RECORDS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,13 +87,19 @@ class Statistics:
             mine[domain.name] = mine[domain.name] + domain if domain.name in mine else domain
         return Statistics(self.source, tuple(mine.values()), self.settings)
 
-    def require(self, names: tuple[str, ...], where: object = None) -> None:
-        """Raises StatisticsError unless every domain and layer holds the statistics called ``names``."""
+    def require(self, names: tuple[str, ...], where: object = None, *, layers: Collection[int] = ()) -> None:
+        """Raises StatisticsError unless every domain has all ``layers``, and each the statistics called ``names``."""
         if not self.domains:
             raise StatisticsError(
                 "the statistics hold no domain", where=where, next="make them again with `moezip calibrate`"
             )
         for domain in self.domains:
+            if absent := sorted(set(layers) - set(domain.layers)):
+                raise StatisticsError(
+                    f"the statistics lack layers {absent} (domain {domain.name})",
+                    where=where,
+                    next="make them again with `moezip calibrate`",
+                )
             for layer, named in domain.layers.items():
                 if missing := [name for name in names if name not in named]:
                     raise StatisticsError(

@@ -217,13 +217,18 @@ class Stream:
         self._embed.forward = self._run_embed
         self.skeleton.free(targets)
         self.skeleton.load(targets)
-        found = []
-        for rows, file in zip(groups, files, strict=True):
-            states = HiddenStates((*rows.ids.shape, self.skeleton.config.hidden_size), self.skeleton.dtype, file)
-            found.append(states)
-            for start, stop in self.steps(rows):
-                mask = None if rows.mask is None else rows.mask[start:stop]
-                states.write(start, stop, self._call(-1, rows.ids[start:stop], mask, None))
+        found: list[HiddenStates] = []
+        try:
+            for rows, file in zip(groups, files, strict=True):
+                states = HiddenStates((*rows.ids.shape, self.skeleton.config.hidden_size), self.skeleton.dtype, file)
+                found.append(states)
+                for start, stop in self.steps(rows):
+                    mask = None if rows.mask is None else rows.mask[start:stop]
+                    states.write(start, stop, self._call(-1, rows.ids[start:stop], mask, None))
+        except BaseException:
+            for states in found:
+                states.close()
+            raise
         if self.model_bytes + sum(states.bytes for states in found) > self.hidden_budget():
             self.skeleton.free(targets)
         self._dummy_embed()

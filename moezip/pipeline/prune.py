@@ -98,7 +98,7 @@ def make_plan(prepared: Prepared, job: PruneJob, stats: Statistics | None, commo
     model, method = prepared.model, prepared.method
     if stats is not None:
         stats.require_source(model.source.fingerprint, job.stats)
-        stats.require(method.needs, [fact.layer for fact in model.facts], job.stats)
+        stats.require(method.needs, job.stats, layers=[fact.layer for fact in model.facts])
     weights = weight_statistics(model.source, model.architecture, model.facts, method.weights, common.watch)
     scores = {fact.layer: _score(prepared, fact, stats, weights[fact.layer], job.weights) for fact in model.facts}
     protected = _protected(prepared, stats)
