@@ -13,6 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,14 @@ class _Stop(Exception):
 
     def __init__(self, hidden: torch.Tensor):
         self.hidden = hidden
+
+
+@cache
+def _threads(count: int, cores_each: int) -> ThreadPoolExecutor:
+    """Threads for micro-batches, one pool for all streams of the process."""
+    import torch
+
+    return ThreadPoolExecutor(count, "moezip-rows", torch.set_num_threads, (cores_each,))
 
 
 class _Now(threading.local):
@@ -117,9 +126,7 @@ class Stream:
         # barrier, and on a machine that does other work besides, barriers were seen to take nine tenths of the time.
         cores = torch.get_num_threads()
         self.side_by_side = min(cores, MAX_SIDE_BY_SIDE) if self.device.type == "cpu" else 1
-        self._pool = ThreadPoolExecutor(
-            self.side_by_side, "moezip-rows", torch.set_num_threads, (max(cores // self.side_by_side, 1),)
-        )
+        self._pool = _threads(self.side_by_side, max(cores // self.side_by_side, 1))
         self._run_layer = [layer.forward for layer in self.layers]
         for index, layer in enumerate(self.layers):
             layer.forward = self._stand_in(index)
