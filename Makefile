@@ -42,9 +42,14 @@ types: .venv/installed
 docs: .venv/installed
 	$(PY) docs/generate.py
 
-# Each file of benchmarks/ prints its own table; they take minutes.
+# Each script prints its own table; all of them take minutes. WORK=FOLDER keeps the checkpoints that they make.
+BENCH_WORK = $(if $(WORK),--work "$(WORK)")
+DEMO_DATA := moezip/demo/data
 bench: .venv/installed
-	set -e; for file in benchmarks/bench_*.py; do echo "== $$file"; $(PY) $$file $(ARGS); done
+	$(PY) benchmarks/calibration.py $(BENCH_WORK)
+	$(PY) benchmarks/memory.py $(BENCH_WORK)
+	$(PY) benchmarks/peer_reap.py $(BENCH_WORK) $(if $(PEER_PYTHON),--peer-python "$(PEER_PYTHON)")
+	$(PY) benchmarks/quality.py demo --calib $(DEMO_DATA)/calib/python.jsonl --heldout $(DEMO_DATA)/heldout
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build dist

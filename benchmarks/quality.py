@@ -68,7 +68,7 @@ class Bench:
 def by_method(bench: Bench, given: argparse.Namespace) -> dict[str, Losses]:
     """One row per method and count, one column per text."""
     found = {"dense": bench.dense}
-    for keep in given.keep:
+    for keep in given.keep or [bench.experts * share // 4 for share in (3, 2, 1)]:
         for method in given.methods:
             found[f"keep {keep} {method}"] = bench.pruned(method, keep)
     found |= bench.others()
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("checkpoint", help="a folder, or the word demo")
     parser.add_argument("--calib", type=Path, nargs="+", required=True, help="calibration text, one domain per path")
     parser.add_argument("--heldout", type=Path, required=True, help="folder of text to measure on")
-    parser.add_argument("--keep", type=int, nargs="+", default=[24, 16, 8])
+    parser.add_argument("--keep", type=int, nargs="+", help="default 3/4, 1/2 and 1/4 of the experts")
     parser.add_argument("--methods", nargs="+", default=["easy-ep", "reap", "frequency", "random"])
     parser.add_argument("--tokens", type=int, help="calibration tokens in all; default 8192, or 16384 of all domains")
     parser.add_argument("--windows", type=int, default=16, help="windows measured per text")
