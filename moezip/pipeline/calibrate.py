@@ -100,14 +100,19 @@ def resumable(workdir: Path) -> Iterator[None]:
             stop.add_note(f"the statistics are kept in {workdir / KEPT}")
         if (workdir / KEPT).is_file() or (workdir / "progress.json").is_file():
             stop.add_note("the same command with --resume goes on from there")
+        _remove_empty(workdir)
         raise
 
 
 def forget(workdir: Path) -> None:
     """Removes the statistics that wait in a work folder, and the folder if nothing else is in it."""
     (workdir / KEPT).unlink(missing_ok=True)
-    if workdir.is_dir() and not any(workdir.iterdir()):
-        workdir.rmdir()
+    _remove_empty(workdir)
+
+
+def _remove_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _standing(workdir: Path | None, begun: float, resumed: bool, layers: int) -> str:
