@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from moezip.progress import Watch
 
 
-
 class _Interrupted(Exception):
     """Ctrl-C, which is its cause. Under its own name it would be swallowed by typer, and the advice with it."""
 
@@ -95,9 +94,7 @@ def size_of(text: str | None) -> int | None:
     except (ValueError, KeyError, OverflowError):
         count = 0
     if count <= 0:
-        raise UsageError(
-            f"{text!r} is no size", where="--max-memory", next="write it like 8GiB, 500MB or 1073741824"
-        )
+        raise UsageError(f"{text!r} is no size", where="--max-memory", next="write it like 8GiB, 500MB or 1073741824")
     return count
 
 

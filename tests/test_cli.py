@@ -387,7 +387,8 @@ def test_quiet_says_nothing_and_json_leaves_only_json(model: Path, text: Path, t
     assert both.code == 0 and both.err == "" and both.json["tokens"] > 0
     loud = process("calibrate", *words, "--out", tmp_path / "s", "--json", NO_COLOR="1")
     assert loud.code == 0 and loud.json["tokens"] == TOKENS
-    assert loud.err == "read text: done\ncalibrate: 3 layers done\n"  # not a terminal: one line per stage, no bars, no colour
+    # not a terminal: one line per stage, no bars, no colour
+    assert loud.err == "read text: done\ncalibrate: 3 layers done\n"
     assert "\x1b" not in process("inspect", model).out
 
 

@@ -227,9 +227,7 @@ def run_recipe(recipe: Recipe, common: Common, only: str | None = None) -> list[
     if recipe.output is None:
         raise RecipeError("the recipe does not say where to", next="add `output: FOLDER`, or give --set output=FOLDER")
     folder = recipe.output
-    if folder.exists() and (
-        not folder.is_dir() or (any(folder.iterdir()) and not (folder / "recipe.yaml").is_file())
-    ):
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "recipe.yaml").is_file())):
         raise RecipeError(
             "the output folder holds something else than a recipe's results", where=folder, next="name another folder"
         )
