@@ -17,6 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from moezip.calibrate.trace import Trace, traced_forward
+
 if TYPE_CHECKING:
     import torch
 
@@ -59,10 +61,13 @@ def experts_forward(
     Returns:
         [T, D] in the dtype of ``hidden_states``; products and sums over the k experts are rounded as ``grouped_mm``
         rounds them. If ``self`` carries a ``Routed`` as ``_moezip_routed``, the norms and peaks of the unweighted
-        outputs are left there.
+        outputs are left there; if it carries a ``Trace`` as ``_moezip_trace``, the pass is one with gradients.
     """
     import torch
 
+    trace: Trace | None = getattr(self, "_moezip_trace", None)
+    if trace is not None:
+        return traced_forward(self, trace, _linear, padded_rows, hidden_states, top_k_index, top_k_weights)
     tokens, top_k = top_k_index.shape
     flat = top_k_index.reshape(-1)
     order = torch.argsort(flat, stable=True)

@@ -126,7 +126,7 @@ class Stream:
         # barrier, and on a machine that does other work besides, barriers were seen to take nine tenths of the time.
         cores = torch.get_num_threads()
         self.side_by_side = min(cores, MAX_SIDE_BY_SIDE) if self.device.type == "cpu" else 1
-        self._pool = _threads(self.side_by_side, max(cores // self.side_by_side, 1))
+        self.pool = _threads(self.side_by_side, max(cores // self.side_by_side, 1))
         self._run_layer = [layer.forward for layer in self.layers]
         for index, layer in enumerate(self.layers):
             layer.forward = self._stand_in(index)
@@ -152,13 +152,16 @@ class Stream:
 
         return forward
 
-    def _call(self, turn: int, ids: torch.Tensor, mask: torch.Tensor | None, hidden: Any, **more: Any) -> Any:
+    def call(
+        self, turn: int, ids: torch.Tensor, mask: torch.Tensor | None, hidden: Any, *, grad: bool = False, **more: Any
+    ) -> Any:
+        """The model's forward on one micro-batch, with layer ``turn`` in turn (-1: embeddings; past the last: head)."""
         import torch
 
         self._now.turn, self._now.hidden = turn, hidden
         attention = None if mask is None else mask.to(torch.int64).to(self.device)
         try:
-            with torch.inference_mode():
+            with torch.enable_grad() if grad else torch.inference_mode():
                 return self.model(input_ids=ids.to(self.device), attention_mask=attention, use_cache=False, **more)
         except _Stop as stop:
             return stop.hidden
@@ -231,7 +234,7 @@ class Stream:
                 found.append(states)
                 for start, stop in self.steps(rows):
                     mask = None if rows.mask is None else rows.mask[start:stop]
-                    states.write(start, stop, self._call(-1, rows.ids[start:stop], mask, None))
+                    states.write(start, stop, self.call(-1, rows.ids[start:stop], mask, None))
         except BaseException:
             for states in found:
                 states.close()
@@ -255,10 +258,11 @@ class Stream:
         states: HiddenStates,
         *,
         first: int = 0,
+        last: int | None = None,
         capture: Capture | None = None,
         keep: bool = False,
     ) -> Iterator[int]:
-        """Takes the hidden states through the layers ``first`` and up, yielding each layer's index once it is done.
+        """Takes the hidden states through layers ``first`` to ``last``, yielding each layer's index once it is done.
 
         Args:
             states: input of layer ``first``; holds the input of the next layer whenever this yields.
@@ -268,7 +272,7 @@ class Stream:
         Raises:
             MoezipError: weights or hidden states that are not finite.
         """
-        for index in range(first, len(self.layers)):
+        for index in range(first, len(self.layers) if last is None else last + 1):
             if index not in self._loaded:
                 self.skeleton.load(self._targets[index])
             layer = self.layers[index]
@@ -307,7 +311,7 @@ class Stream:
             for start, stop in steps:
                 if len(waiting) > self.side_by_side:
                     settle()
-                job = self._pool.submit(self._step, index, rows, states, start, stop, capture)
+                job = self.pool.submit(self._step, index, rows, states, start, stop, capture)
                 waiting.append((rows.domains[start], job))
             while waiting:
                 settle()
@@ -332,7 +336,7 @@ class Stream:
         result: Any = None
         try:
             hidden = states.read(start, stop).to(self.device)
-            result = self._call(index, rows.ids[start:stop], mask, hidden)
+            result = self.call(index, rows.ids[start:stop], mask, hidden)
         except torch.OutOfMemoryError as fault:
             if stop - start == 1:
                 raise MoezipError(
@@ -377,11 +381,11 @@ class Stream:
         mask = None if rows.mask is None else rows.mask[row : row + 1]
         hidden = states.read(row, row + 1).to(self.device)
         turn = len(self.layers)
-        output = self._call(turn, rows.ids[row : row + 1], mask, hidden, logits_to_keep=positions.to(self.device))
+        output = self.call(turn, rows.ids[row : row + 1], mask, hidden, logits_to_keep=positions.to(self.device))
         result: torch.Tensor = output.logits[0]
         return result
 
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+    def head(self, hidden: torch.Tensor, grad: bool = False) -> torch.Tensor:
         """Logits [P, V] of outputs [P, D] of the last layer, of any rows: norm and head see one position at a time.
 
         They go in as P rows of one token, so that no mask over P positions is built.
@@ -389,7 +393,7 @@ class Stream:
         import torch
 
         ids = torch.zeros(hidden.shape[0], 1, dtype=torch.int64)
-        output = self._call(len(self.layers), ids, None, hidden.to(self.device)[:, None])
+        output = self.call(len(self.layers), ids, None, hidden.to(self.device)[:, None], grad=grad)
         result: torch.Tensor = output.logits[:, 0]
         return result
 
