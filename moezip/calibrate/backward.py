@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import shutil
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,8 +22,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from moezip.arch.spec import LayerFacts
+from moezip.calibrate.capture import Capture
 from moezip.calibrate.data import Rows
 from moezip.calibrate.hidden import HiddenStates
+from moezip.calibrate.record import GRADIENT_RECORDS
 from moezip.calibrate.statistics import Array
 from moezip.calibrate.stream import Stream
 from moezip.calibrate.trace import Trace
@@ -39,16 +41,6 @@ SHARE_OF_ROWS = 4
 # float16 gradients vanish below 6e-8: they travel multiplied by this and are divided when summed.
 HALF_SCALE = 1024.0
 
-# What the pass sums per MoE layer: name -> shape of it. All combine by addition.
-BACKWARD_RECORDS: Mapping[str, Callable[[LayerFacts], tuple[int, ...]]] = {
-    "routed": lambda fact: (fact.experts,),
-    "inner_square": lambda fact: (fact.experts, fact.width),
-    "inner_grad_square": lambda fact: (fact.experts, fact.width),
-    "inner_product_square": lambda fact: (fact.experts, fact.width),
-    "drop_square": lambda fact: (fact.experts,),
-    "drop_renormalised_square": lambda fact: (fact.experts,),
-}
-
 
 class Backward:
     """One streamed forward and backward pass.
@@ -59,16 +51,26 @@ class Backward:
         rows: what is run; every position but the first of a row is scored.
         folder: where the layers' inputs and the gradient are kept; ``disk_bytes`` tells how much.
         labels: ``data`` (the text's own next tokens) or ``model`` (drawn from its predictions, by ``seed``).
+        capture: watches the forward half, if its records are wanted too.
 
     Attributes:
-        sums: per domain and layer, the sums of ``BACKWARD_RECORDS``.
+        sums: per domain and layer, the sums of ``GRADIENT_RECORDS``.
         losses: per domain, the summed loss of the text's own labels, in nats. scored: tokens that it counts.
-        flips: choices of experts that differed between the two runs of a layer; 0 where arithmetic repeats itself.
     """
 
-    def __init__(self, stream: Stream, rows: Rows, folder: Path, *, labels: Labels = "data", seed: int = 0):
+    def __init__(
+        self,
+        stream: Stream,
+        rows: Rows,
+        folder: Path,
+        *,
+        labels: Labels = "data",
+        seed: int = 0,
+        capture: Capture | None = None,
+    ):
         import torch
 
+        self._capture = capture
         self.stream, self.rows, self.folder, self.labels = stream, rows, folder, labels
         stream.micro_rows = max(stream.rows_per_step(rows.ids.shape[1]) // SHARE_OF_ROWS, 1)
         entry, config = stream.skeleton.architecture, stream.source.config
@@ -83,8 +85,6 @@ class Backward:
         self.sums: dict[str, dict[int, dict[str, Array]]] = {}
         self.losses: dict[str, float] = {}
         self.scored: dict[str, int] = {}
-        self.flips = 0
-        self._choices: dict[tuple[int, int], Any] = {}
 
     @property
     def disk_bytes(self) -> int:
@@ -133,7 +133,7 @@ class Backward:
                 for start, stop in steps:
                     copy.write(start, stop, states.read(start, stop))
                 if index < total:
-                    next(stream.run(self.rows, states, first=index, last=index))
+                    next(stream.run(self.rows, states, first=index, last=index, capture=self._capture))
                     watch(Progress("forward", index + 1, total, tokens=self.rows.tokens()))
         finally:
             states.close()
@@ -259,7 +259,7 @@ class Backward:
         import torch
 
         trace = self._trace
-        found = {name: np.zeros(shape(fact)) for name, shape in BACKWARD_RECORDS.items()}
+        found = {record.name: np.zeros(record.shape(fact)) for record in GRADIENT_RECORDS}
         valid = None if mask is None else mask.reshape(-1).to(trace.ids.device)
         top_k = trace.ids.shape[1]
         # a = g_i (G . f_i) of every choice: the inner product of activation and gradient, plus the bias's share

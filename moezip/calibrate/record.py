@@ -107,9 +107,55 @@ RECORDS: tuple[Record, ...] = (
 BY_NAME: Mapping[str, Record] = {record.name: record for record in RECORDS}
 
 
+@dataclass(frozen=True, slots=True)
+class GradientRecord:
+    """A statistic of the backward pass (``backward.py`` fills it); it combines by addition.
+
+    With u the inner activation of an expert for a token (input of its down projection), v the gradient of the summed
+    loss with respect to it, and a = u . v the loss's first-order change if the expert's output went.
+    """
+
+    name: str
+    summary: str
+    shape: Callable[[LayerFacts], tuple[int, ...]]
+
+
+def _neurons(facts: LayerFacts) -> tuple[int, ...]:
+    return (facts.experts, facts.width)
+
+
+GRADIENT_RECORDS: tuple[GradientRecord, ...] = (
+    GradientRecord("routed", "tokens that reached the expert in the backward pass", _vector),
+    GradientRecord("inner_square", "sum of u^2 per neuron", _neurons),
+    GradientRecord("inner_grad_square", "sum of v^2 per neuron", _neurons),
+    GradientRecord("inner_product_square", "sum of (u v)^2 per neuron", _neurons),
+    GradientRecord("drop_square", "sum of a^2: the expert goes, other gates stay", _vector),
+    GradientRecord("drop_renormalised_square", "sum of a^2 with the other gates grown", _vector),
+)
+# What asks for all of them on the command line.
+GRADIENTS = "gradients"
+_GRADIENT_NAMES = frozenset(record.name for record in GRADIENT_RECORDS)
+
+
+def combine_of(name: str) -> Combine:
+    """How the statistic called ``name`` adds up; all but a few are sums."""
+    return BY_NAME[name].combine if name in BY_NAME else "sum"
+
+
+def wants_gradients(names: Iterable[str] | None) -> bool:
+    """Whether ``names`` ask for the backward pass, by the word ``gradients`` or by one of its records."""
+    return names is not None and any(name == GRADIENTS or name in _GRADIENT_NAMES for name in names)
+
+
 def chosen_records(names: Iterable[str] | None) -> tuple[Record, ...]:
     """The records called ``names``, in table order; all of them for None. Raises UsageError for an unknown name."""
     if names is None:
         return RECORDS
-    wanted = {lookup(name, BY_NAME, "record").name for name in names}
+    asked = list(names)
+    known = {**dict.fromkeys([*_GRADIENT_NAMES, GRADIENTS]), **BY_NAME}
+    for name in asked:
+        lookup(name, known, "record")
+    wanted = set(asked) & set(BY_NAME)
+    if not wanted:  # gradients alone: the forward half of that pass records everything anyway
+        return RECORDS
     return tuple(record for record in RECORDS if record.name in wanted)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from moezip.calibrate.backward import Backward, Labels
 from moezip.calibrate.capture import Capture
 from moezip.calibrate.data import Rows
 from moezip.calibrate.hidden import HiddenStates
@@ -37,6 +40,8 @@ def calibrate(
     settings: dict[str, Any] | None = None,
     micro_rows: int | None = None,
     save_every: float = SAVE_EVERY_SECONDS,
+    gradients: Labels | None = None,
+    seed: int = 0,
 ) -> Statistics:
     """Streams ``rows`` through the model once and sums what its MoE layers did.
 
@@ -46,6 +51,8 @@ def calibrate(
         workdir: where an interrupted pass waits (and hidden states that do not fit); left empty when done.
         resume: go on from what an interrupted pass left there; from the start if there is nothing.
         save_every: seconds between saves.
+        gradients: also run backward, with the text's own labels (``data``) or labels drawn from the model
+            (``model``, by ``seed``). Needs ``workdir`` for the layers' inputs, and starts anew when resumed.
 
     Raises:
         MoezipError: weights that are not finite, a work folder of another job, too little memory or disk.
@@ -54,6 +61,8 @@ def calibrate(
     entry = stream.skeleton.architecture
     scale = float(source.config.get(entry.residual_scale_key) or 1.0) if entry.residual_scale_key else 1.0
     capture = Capture(entry, entry.layer_facts(source.config), records, scale)
+    if gradients is not None:
+        return _with_gradients(source, stream, rows, capture, gradients, seed, workdir, watch)
     job = _job(source, rows, records, stream)
     saved = None if workdir is None else Saved(workdir, job)
     first = 0
@@ -73,10 +82,46 @@ def calibrate(
         states.close()
     if saved is not None:
         saved.clear()
-    names = list(dict.fromkeys(rows.domains))
-    domains = tuple(capture.domain(name, rows.fingerprint(name), rows.tokens(name)) for name in names)
-    about = {"seq_len": rows.ids.shape[1], "dtype": str(stream.skeleton.dtype).removeprefix("torch.")}
-    return Statistics(source.fingerprint, domains, {**about, **(settings or {})})
+    domains = tuple(_domains(rows, capture))
+    return Statistics(source.fingerprint, domains, {**_about(rows, stream), **(settings or {})})
+
+
+def _domains(rows: Rows, capture: Capture) -> Iterator[Domain]:
+    for name in dict.fromkeys(rows.domains):
+        yield capture.domain(name, rows.fingerprint(name), rows.tokens(name))
+
+
+def _about(rows: Rows, stream: Stream) -> dict[str, Any]:
+    return {"seq_len": rows.ids.shape[1], "dtype": str(stream.skeleton.dtype).removeprefix("torch.")}
+
+
+def _with_gradients(
+    source: Source,
+    stream: Stream,
+    rows: Rows,
+    capture: Capture,
+    labels: Labels,
+    seed: int,
+    workdir: Path | None,
+    watch: Watch,
+) -> Statistics:
+    if workdir is None:
+        raise MoezipError("a backward pass keeps every layer's input on disk", next="name a --workdir for them")
+    folder = workdir / "backward"
+    backward = Backward(stream, rows, folder, labels=labels, seed=seed, capture=capture)
+    try:
+        backward.run(watch)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if workdir.is_dir() and not any(workdir.iterdir()):
+            workdir.rmdir()
+    domains = []
+    for domain in _domains(rows, capture):
+        sums = backward.sums[domain.name]
+        layers = {layer: {**named, **sums[layer]} for layer, named in domain.layers.items()}
+        scored, loss = backward.scored[domain.name], backward.losses[domain.name]
+        domains.append(replace(domain, layers=layers, scored=scored, loss=loss))
+    return Statistics(source.fingerprint, tuple(domains), {**_about(rows, stream), "labels": labels, "seed": seed})
 
 
 def _job(source: Source, rows: Rows, records: Sequence[Record], stream: Stream) -> str:

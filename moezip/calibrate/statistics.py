@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moezip.calibrate.record import BY_NAME
+from moezip.calibrate.record import combine_of
 from moezip.errors import StatisticsError
 
 Array = npt.NDArray[np.float64]
@@ -26,6 +26,8 @@ class Domain:
         name: the path's stem, unique inside a Statistics.
         data: fingerprints of the token rows that were summed.
         tokens: how many counted (padding excluded).
+        scored: of these, tokens that the loss of a backward pass counts; 0 without one.
+        loss: their summed loss in nats.
         layers: per MoE layer, the named sums as float64 arrays (``counts`` [E], ``router_gram`` [E, E], ...).
     """
 
@@ -33,6 +35,8 @@ class Domain:
     data: tuple[str, ...]
     tokens: int
     layers: Mapping[int, Mapping[str, Array]] = field(default_factory=dict)
+    scored: int = 0
+    loss: float = 0.0
 
     def __add__(self, other: Domain) -> Domain:
         if {i: set(named) for i, named in self.layers.items()} != {i: set(named) for i, named in other.layers.items()}:
@@ -43,13 +47,20 @@ class Domain:
         layers = {
             layer: {
                 name: np.maximum(sums, other.layers[layer][name])
-                if BY_NAME[name].combine == "max"
+                if combine_of(name) == "max"
                 else sums + other.layers[layer][name]
                 for name, sums in named.items()
             }
             for layer, named in self.layers.items()
         }
-        return Domain(self.name, self.data + other.data, self.tokens + other.tokens, layers)
+        return Domain(
+            self.name,
+            self.data + other.data,
+            self.tokens + other.tokens,
+            layers,
+            self.scored + other.scored,
+            self.loss + other.loss,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +142,10 @@ class Statistics:
             "schema": SCHEMA,
             "source": self.source,
             "settings": dict(self.settings),
-            "domains": [{"name": d.name, "data": list(d.data), "tokens": d.tokens} for d in self.domains],
+            "domains": [
+                {"name": d.name, "data": list(d.data), "tokens": d.tokens, "scored": d.scored, "loss": d.loss}
+                for d in self.domains
+            ],
         }
         temporary = path.with_name(f".{path.name}.part")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -159,7 +173,14 @@ class Statistics:
                     number, layer, name = key.split("/")
                     layers[int(number)].setdefault(int(layer), {})[name] = file.get_tensor(key)
             domains = tuple(
-                Domain(entry["name"], tuple(entry["data"]), int(entry["tokens"]), dict(sorted(layers[i].items())))
+                Domain(
+                    entry["name"],
+                    tuple(entry["data"]),
+                    int(entry["tokens"]),
+                    dict(sorted(layers[i].items())),
+                    int(entry.get("scored", 0)),
+                    float(entry.get("loss", 0.0)),
+                )
                 for i, entry in enumerate(about["domains"])
             )
             return cls(str(about["source"]), domains, dict(about["settings"]))

@@ -20,7 +20,8 @@ from moezip.errors import MoezipError
 from moezip.progress import Progress as Step
 from moezip.progress import Watch, unwatched
 
-out = Console(highlight=False, soft_wrap=True)
+# Where there is no terminal there is no width to keep to; rich would fold tables at 80.
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 talk = Console(stderr=True, highlight=False)
 
 

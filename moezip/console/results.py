@@ -109,6 +109,9 @@ def show_outcome(outcome: Outcome, out: Path, as_json: bool, quiet: bool) -> Non
             "size": f"{console.size(report.bytes_before)} to {console.size(report.bytes_after)} "
             f"({report.bytes_after / report.bytes_before:.0%}), {report.bits_per_weight:.2f} bits per weight",
             "super experts kept": protected or "none found",
+            "predicted rise of the loss": "none"
+            if report.predicted_nats is None
+            else f"{report.predicted_nats:.4f} nats per token (a low figure, see moezip methods nats)",
             "time": f"{console.duration(report.seconds)} ("
             + ", ".join(f"{name} {console.duration(seconds)}" for name, seconds in report.stages.items())
             + ")",

@@ -79,6 +79,15 @@ class Batch:
         needs = next(bool(method.needs) for method in METHODS if method.name == prune.method)
         return list(prune.calibration or self.recipe.calibration) if needs else []
 
+    @property
+    def record(self) -> list[str] | None:
+        """What a pass of this recipe records: all of a forward pass, and gradients if any of its methods reads them."""
+        from moezip.calibrate.record import GRADIENTS, wants_gradients
+        from moezip.prune import METHODS
+
+        names = {step.prune.method for job in self.recipe.jobs.values() for step in job.steps if step.prune is not None}
+        return [GRADIENTS] if any(wants_gradients(method.needs) for method in METHODS if method.name in names) else None
+
     def wanted(self, jobs: Iterable[Job]) -> list[str]:
         """Calibration sets of all these jobs, in the recipe's order."""
         names: set[str] = set()
@@ -110,7 +119,8 @@ class Batch:
             texts.append(DomainText(name, entry.data, entry.tokens))
         # a work folder of its own for this very set of calibrations: after a change of the recipe an old one is stale
         key = _digest(self._calibration_digest(name) for name in missing)
-        found = run_calibration(self.model, texts, self.common, workdir=self.folder / "work" / key[:16])
+        folder = self.folder / "work" / key[:16]
+        found = run_calibration(self.model, texts, self.common, record=self.record, workdir=folder)
         shutil.rmtree(self.folder / "work", ignore_errors=True)
         for domain in found.domains:
             alone = replace(found, domains=(domain,))
@@ -120,7 +130,7 @@ class Batch:
 
     def _calibration_digest(self, name: str) -> str:
         entry = self.recipe.calibration[name]
-        parts = [self.model.source.fingerprint, str(entry.tokens), str(self.recipe.seq_len)]
+        parts = [self.model.source.fingerprint, str(entry.tokens), str(self.recipe.seq_len), str(self.record)]
         return _digest([*parts, *self._contents(entry.data)])
 
     def _contents(self, paths: Iterable[Path]) -> Iterator[str]:

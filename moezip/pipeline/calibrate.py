@@ -17,6 +17,7 @@ from moezip.report.report import peak_rss_bytes
 KEPT = "statistics.safetensors"  # in the work folder
 
 if TYPE_CHECKING:
+    from moezip.calibrate.backward import Labels
     from moezip.calibrate.data import DomainText
     from moezip.calibrate.statistics import Statistics
 
@@ -28,6 +29,7 @@ def run_calibration(
     *,
     record: Sequence[str] | None = None,
     workdir: Path | None = None,
+    labels: Labels = "data",
 ) -> Statistics:
     """One pass over the text; statistics of every domain.
 
@@ -35,12 +37,12 @@ def run_calibration(
     takes them from there.
     """
     from moezip.calibrate.data import default_seq_len, load_rows, tokenizer_of
-    from moezip.calibrate.record import chosen_records
+    from moezip.calibrate.record import GRADIENT_RECORDS, chosen_records, wants_gradients
     from moezip.calibrate.run import calibrate
     from moezip.calibrate.statistics import Statistics
 
     begun = time.time()
-    records = chosen_records(record)
+    records, gradients = chosen_records(record), labels if wants_gradients(record) else None
     tokenizer = tokenizer_of(model.source.folder)
     common.watch(Progress("read text", 0, 1, "steps"))
     rows = load_rows(texts, tokenizer, common.seq_len or default_seq_len(model.source.config))
@@ -49,7 +51,7 @@ def run_calibration(
     if common.resume and workdir is not None and (workdir / KEPT).is_file():
         kept = Statistics.load(workdir / KEPT)
         domains = [(name, (rows.fingerprint(name),)) for name in dict.fromkeys(rows.domains)]
-        wanted = {entry.name for entry in records}
+        wanted = {entry.name for entry in records} | {entry.name for entry in GRADIENT_RECORDS if gradients}
         if (
             kept.source == model.source.fingerprint
             and [(domain.name, domain.data) for domain in kept.domains] == domains
@@ -66,6 +68,8 @@ def run_calibration(
             workdir=workdir,
             resume=common.resume,
             watch=common.watch,
+            gradients=gradients,
+            seed=common.seed,
         )
     except KeyboardInterrupt as stop:
         layers = model.architecture.integer(model.source.config, model.architecture.layers_key)

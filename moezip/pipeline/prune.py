@@ -18,6 +18,7 @@ from moezip.pipeline.calibrate import forget, require_files, resumable, run_cali
 from moezip.pipeline.common import Clock, Common, Opened, opened, refuse_file, refuse_output
 from moezip.plan.apply import Applied
 from moezip.plan.plan import Plan, require_keepable
+from moezip.plan.price import predicted_nats, priced
 from moezip.registry import Method, lookup, parse_params
 from moezip.report.report import Report, peak_rss_bytes
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from moezip.calibrate.data import DomainText
     from moezip.calibrate.statistics import Array, Statistics
 
-NO_PRICE = "this method ranks experts but gives no price in nats"
+NO_PRICE = "there is no price without gradients: use --method nats, or statistics made with --record gradients"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,8 @@ def prepare_prune(checkpoint: str, job: PruneJob, common: Common) -> Prepared:
         raise UsageError(f"mtp is drop or keep, not {params.mtp!r}", where=f"--set mtp={params.mtp}")
     if hasattr(params, "seed") and "seed" not in job.settings:
         params = replace(params, seed=common.seed)
+    if getattr(params, "labels", "data") not in ("data", "model"):
+        raise UsageError(f"labels are data or model, not {params.labels!r}", where=f"--set labels={params.labels}")
     model = opened(checkpoint)
     keep = kept_count(model.facts[0].experts, job.keep, job.ratio)
     for fact in model.facts:
@@ -115,7 +118,19 @@ def make_plan(prepared: Prepared, job: PruneJob, stats: Statistics | None, commo
         made_by["domains"] = [
             {"name": domain.name, "tokens": domain.tokens, "data": list(domain.data)} for domain in stats.domains
         ]
-    return Plan(model.source.fingerprint, model.architecture.name, layers, prepared.params.mtp, made_by)
+    plan = Plan(model.source.fingerprint, model.architecture.name, layers, prepared.params.mtp, made_by)
+    if stats is not None and priced(stats):
+        made_by["predicted_nats"] = predicted_nats(plan, stats.domains, job.weights)
+    return plan
+
+
+def passing(prepared: Prepared) -> dict[str, Any]:
+    """How the method's own calibration pass differs from a plain one."""
+    from moezip.calibrate.record import GRADIENTS, wants_gradients
+
+    if not wants_gradients(prepared.method.needs):
+        return {}
+    return {"record": [GRADIENTS], "labels": prepared.params.labels}
 
 
 def _score(
@@ -201,7 +216,7 @@ def prune_command(
             stats = Saved.load(job.stats)
         elif passes:
             with clock.stage("calibrate"):
-                stats = run_calibration(prepared.model, job.texts, common, workdir=workdir)
+                stats = run_calibration(prepared.model, job.texts, common, workdir=workdir, **passing(prepared))
             if save_stats is not None:
                 stats.save(save_stats)
         with clock.stage("plan"):
@@ -292,8 +307,8 @@ def _report(
         bits_per_weight=8 * after / weights_of(applied),
         experts_before=[layer.experts for layer in plan.layers],
         experts_after=[len(layer.picks) for layer in plan.layers],
-        predicted_nats=None,
-        predicted_nats_reason=NO_PRICE,
+        predicted_nats=plan.made_by.get("predicted_nats"),
+        predicted_nats_reason=None if "predicted_nats" in plan.made_by else NO_PRICE,
         seconds=seconds,
         peak_rss_bytes=peak_rss_bytes(),
         stages=stages,

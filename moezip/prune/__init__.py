@@ -4,8 +4,9 @@ from moezip.prune.easy_ep import EASY_EP
 from moezip.prune.frequency import FREQUENCY
 from moezip.prune.gate_sum import GATE_SUM
 from moezip.prune.mean_norm import MEAN_NORM
+from moezip.prune.nats import NATS
 from moezip.prune.random import RANDOM
 from moezip.prune.reap import REAP
 from moezip.prune.router_norm import ROUTER_NORM
 
-METHODS = (EASY_EP, REAP, FREQUENCY, GATE_SUM, MEAN_NORM, RANDOM, ROUTER_NORM)
+METHODS = (EASY_EP, REAP, NATS, FREQUENCY, GATE_SUM, MEAN_NORM, RANDOM, ROUTER_NORM)

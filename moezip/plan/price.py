@@ -1,0 +1,44 @@
+"""What a plan is predicted to cost, in nats per token, where the statistics of a backward pass can tell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from moezip.calibrate.statistics import Array, Domain, Statistics
+from moezip.plan.plan import Plan
+
+PRICE = "drop_renormalised_square"
+
+
+def expert_prices(domain: Domain) -> dict[int, Array]:
+    """Per layer, the predicted rise of the domain's loss if one expert goes, [E], nats per token."""
+    return {layer: 0.5 * named[PRICE] / domain.scored for layer, named in domain.layers.items()}
+
+
+def priced(stats: Statistics | None) -> bool:
+    """Whether every domain has what prices are made of."""
+    return (
+        stats is not None
+        and bool(stats.domains)
+        and all(d.scored > 0 and all(PRICE in named for named in d.layers.values()) for d in stats.domains)
+    )
+
+
+def predicted_nats(plan: Plan, domains: Sequence[Domain], weights: Mapping[str, float]) -> float:
+    """Sum of the prices of all dropped experts, averaged over the domains by weight.
+
+    Prices of experts of one layer interact, and single prices are low already: read it as a lower figure, good for
+    comparing plans.
+    """
+    totals, shares = [], []
+    for domain in domains:
+        prices = expert_prices(domain)
+        dropped = 0.0
+        for layer in plan.layers:
+            gone = np.setdiff1d(np.arange(layer.experts), layer.kept)
+            dropped += float(prices[layer.layer][gone].sum())
+        totals.append(dropped)
+        shares.append(weights.get(domain.name, 1.0))
+    return float(np.average(totals, weights=shares))
