@@ -27,8 +27,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def methods() -> str:
     rows = [
-        (f"`{m.name}`", m.summary, "none" if not m.needs else "yes", m.paper)
-        for m in sorted(METHODS, key=lambda m: (not m.needs, m.name))
+        (f"`{m.name}`", m.summary, "yes" if m.reads_text else "none", m.paper)
+        for m in sorted(METHODS, key=lambda m: (not m.reads_text, m.name))
     ]
     return table(("method", "what it is", "calibration text", "source"), rows)
 

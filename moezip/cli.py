@@ -151,7 +151,7 @@ def methods(
     if as_json:
         console.data([results.method_facts(method) for method in METHODS])
         return
-    rows = [(m.name, m.family, "text" if m.needs else "none", m.summary, m.paper) for m in METHODS]
+    rows = [(m.name, m.family, "text" if m.reads_text else "none", m.summary, m.paper) for m in METHODS]
     console.table("", ("method", "family", "data", "what it does", "source"), rows)
 
 

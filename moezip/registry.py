@@ -33,6 +33,12 @@ class Method:
         params: a frozen dataclass of the knobs that ``--set`` reaches; its docstring explains them.
         run: the method itself; for prune ``run(facts, stats, params) -> float64[E]``, higher is kept.
         weights: names of data-free statistics that are computed from the weights alone.
+        records: where the sums depend on the settings: ``records(params)`` gives the
+            ``moezip.calibrate.record.Record``s that the method reads, own ones (named by ``record_name``) or standing
+            ones; a calibration for this method sums them besides the standing ones.
+        choose: for prune methods that do more than rank: ``choose(facts, stats, keep, protected, params) -> kept ids``
+            decides in place of the ranking, with ``stats`` mixed over the domains; ``run``'s scores are then for the
+            plan's reader.
     """
 
     name: str
@@ -44,6 +50,18 @@ class Method:
     params: type = NoParams
     schedule: Literal["global", "layerwise"] = "global"
     weights: tuple[str, ...] = ()
+    records: Callable[[Any], tuple[Any, ...]] | None = None
+    choose: Callable[..., list[int]] | None = None
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether it needs calibration."""
+        return bool(self.needs) or self.records is not None
+
+    def reads(self, params: Any) -> tuple[str, ...]:
+        """Names of all recorded statistics that ``run`` and ``choose`` read with these settings."""
+        own = () if self.records is None else tuple(record.name for record in self.records(params))
+        return tuple(dict.fromkeys((*self.needs, *own)))
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -78,6 +96,38 @@ def parse_params(method: Method, settings: Mapping[str, str]) -> Any:
         field = lookup(key, fields, f"setting of {method.name}")
         values[key] = _read_value(str(text), type(field.default), f"--set {key}={text}")
     return method.params(**values)
+
+
+def record_name(method: str, settings: Mapping[str, bool | int | float | str]) -> str:
+    """The name of a record that depends on settings, such as ``tcess:form=fixed,top=8,threshold=0.1``."""
+
+    def shown(value: bool | int | float | str) -> str:
+        return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+    return f"{method}:" + ",".join(f"{key}={shown(value)}" for key, value in settings.items())
+
+
+def own_records(name: str, methods: Iterable[Method]) -> tuple[Any, ...] | None:
+    """The records behind a name like that, or behind the bare name of a method with records of its own.
+
+    Settings that the name leaves out have their defaults. None if the name is neither.
+
+    Raises:
+        UsageError: ``METHOD:`` of a method that has no records of its own, or a setting that does not read.
+    """
+    known = {method.name: method for method in methods if method.records is not None}
+    stem, colon, rest = name.partition(":")
+    if not colon and name not in known:
+        return None
+    method = lookup(stem, known, "method with records of its own")
+    settings: dict[str, str] = {}
+    for text in rest.split(",") if rest else ():
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"{text!r} is no setting", where=f"--record {name}", next="write METHOD:KEY=VALUE,...")
+        settings[key] = value
+    assert method.records is not None
+    return method.records(parse_params(method, settings))
 
 
 def _read_value(text: str, kind: type, where: str) -> Any:

@@ -45,7 +45,7 @@ def method_facts(method: Method) -> dict[str, Any]:
         "family": method.family,
         "summary": method.summary,
         "paper": method.paper,
-        "needs": list(method.needs),
+        "needs": list(method.reads(method.params())),
         "settings": {field.name: field.default for field in dataclasses.fields(method.params)},
     }
 

@@ -20,9 +20,10 @@ from moezip.errors import RecipeError
 from moezip.pipeline.calibrate import run_calibration
 from moezip.pipeline.common import Clock, Common, Opened, opened
 from moezip.pipeline.evaluate import evaluate_command
-from moezip.pipeline.prune import PruneJob, make_plan, prepare_prune, write_plan
+from moezip.pipeline.prune import PruneJob, make_plan, own_names, prepare_prune, write_plan
 from moezip.progress import Progress, Watch
 from moezip.recipe import Recipe, dump
+from moezip.registry import parse_params
 
 if TYPE_CHECKING:
     from moezip.calibrate.statistics import Statistics
@@ -76,17 +77,21 @@ class Batch:
         """Calibration sets that a prune step reads."""
         from moezip.prune import METHODS
 
-        needs = next(bool(method.needs) for method in METHODS if method.name == prune.method)
-        return list(prune.calibration or self.recipe.calibration) if needs else []
+        reads = next(method.reads_text for method in METHODS if method.name == prune.method)
+        return list(prune.calibration or self.recipe.calibration) if reads else []
 
     @property
     def record(self) -> list[str] | None:
-        """What a pass of this recipe records: all of a forward pass, and gradients if any of its methods reads them."""
+        """What a pass of this recipe records besides the standing records: gradients, and what methods bring along."""
         from moezip.calibrate.record import GRADIENTS, wants_gradients
         from moezip.prune import METHODS
 
-        names = {step.prune.method for job in self.recipe.jobs.values() for step in job.steps if step.prune is not None}
-        return [GRADIENTS] if any(wants_gradients(method.needs) for method in METHODS if method.name in names) else None
+        by_name, names = {method.name: method for method in METHODS}, set()
+        for prune in (step.prune for job in self.recipe.jobs.values() for step in job.steps if step.prune is not None):
+            method = by_name[prune.method]
+            names.update([GRADIENTS] if wants_gradients(method.needs) else [])
+            names.update(own_names(method, parse_params(method, _texts(prune.settings))))
+        return sorted(names) or None
 
     def wanted(self, jobs: Iterable[Job]) -> list[str]:
         """Calibration sets of all these jobs, in the recipe's order."""
@@ -203,8 +208,7 @@ class Batch:
 
     def _prune_job(self, step: Prune) -> PruneJob:
         weights = {name: self.recipe.calibration[name].weight for name in self.needed(step)}
-        settings = {key: str(value) for key, value in step.settings.items()}
-        return PruneJob(step.method, step.keep, step.ratio, settings, weights=weights)
+        return PruneJob(step.method, step.keep, step.ratio, _texts(step.settings), weights=weights)
 
     def _prune(self, step: Prune, out: Path, common: Common) -> dict[str, Any]:
         from dataclasses import asdict
@@ -278,6 +282,11 @@ def _labelled(job: str, watch: Watch) -> Watch:
         watch(replace(step, stage=f"{job}: {step.stage}"))
 
     return labelled
+
+
+def _texts(settings: Mapping[str, Any]) -> dict[str, str]:
+    """A recipe's settings as ``--set`` would give them."""
+    return {key: str(value) for key, value in settings.items()}
 
 
 def _digest(parts: Iterable[str]) -> str:

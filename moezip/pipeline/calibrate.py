@@ -19,6 +19,7 @@ KEPT = "statistics.safetensors"  # in the work folder
 if TYPE_CHECKING:
     from moezip.calibrate.backward import Labels
     from moezip.calibrate.data import DomainText
+    from moezip.calibrate.record import Record
     from moezip.calibrate.statistics import Statistics
 
 
@@ -37,12 +38,12 @@ def run_calibration(
     takes them from there.
     """
     from moezip.calibrate.data import default_seq_len, load_rows, tokenizer_of
-    from moezip.calibrate.record import GRADIENT_RECORDS, chosen_records, wants_gradients
+    from moezip.calibrate.record import GRADIENT_RECORDS, wants_gradients
     from moezip.calibrate.run import calibrate
     from moezip.calibrate.statistics import Statistics
 
     begun = time.time()
-    records, gradients = chosen_records(record), labels if wants_gradients(record) else None
+    records, gradients = records_named(record), labels if wants_gradients(record) else None
     tokenizer = tokenizer_of(model.source.folder)
     common.watch(Progress("read text", 0, 1, "steps"))
     rows = load_rows(texts, tokenizer, common.seq_len or default_seq_len(model.source.config))
@@ -78,6 +79,28 @@ def run_calibration(
     if workdir is not None:
         stats.save(workdir / KEPT)
     return stats
+
+
+def records_named(names: Sequence[str] | None) -> tuple[Record, ...]:
+    """What to sum: the standing records called so (all, if none is), and those of methods with records of their own.
+
+    Raises:
+        UsageError: a name that is neither, or a setting that does not read.
+    """
+    from moezip.calibrate.record import chosen_records
+    from moezip.prune import METHODS
+    from moezip.registry import own_records
+
+    standing: list[str] = []
+    own: dict[str, Record] = {}
+    for name in names or ():
+        found = own_records(name, METHODS)
+        if found is None:
+            standing.append(name)
+        else:
+            own.update({record.name: record for record in found})
+    records = {record.name: record for record in chosen_records(standing or None)}
+    return tuple({**records, **own}.values())
 
 
 def work_folder(out: Path) -> Path:

@@ -44,7 +44,7 @@ def dry_run(checkpoint: str, job: PruneJob, common: Common) -> Estimate:
     require_text(prepared, job)
     model = prepared.model
     kept = None
-    if job.stats is not None or not prepared.method.needs:
+    if job.stats is not None or not prepared.method.reads_text:
         stats = None
         if job.stats is not None:
             from moezip.calibrate.statistics import Statistics as Saved
@@ -62,7 +62,7 @@ def dry_run(checkpoint: str, job: PruneJob, common: Common) -> Estimate:
         plan = Plan(model.source.fingerprint, model.architecture.name, layers, prepared.params.mtp)
     seen = overview(model.source)
     after = tensor_bytes(Applied(model.source, plan))
-    passes = bool(prepared.method.needs) and job.stats is None
+    passes = prepared.method.reads_text and job.stats is None
     tokens = sum(text.tokens for text in job.texts) if passes else 0
     rate = _matmul_rate() if passes else 1.0
     hidden = tokens * seen.hidden * 2

@@ -25,6 +25,7 @@ from moezip.report.report import Report, peak_rss_bytes
 if TYPE_CHECKING:
     from moezip.calibrate.data import DomainText
     from moezip.calibrate.statistics import Array, Statistics
+    from moezip.plan.allocate import Choice
 
 NO_PRICE = "there is no price without gradients: use --method nats, or statistics made with --record gradients"
 
@@ -84,7 +85,7 @@ def prepare_prune(checkpoint: str, job: PruneJob, common: Common) -> Prepared:
 
 def require_text(prepared: Prepared, job: PruneJob) -> None:
     """Raises UsageError if the method reads statistics and there is nothing to take them from."""
-    if prepared.method.needs and not job.texts and job.stats is None:
+    if prepared.method.reads_text and not job.texts and job.stats is None:
         raise UsageError(
             f"{prepared.method.name} needs calibration text",
             next="give --data PATH (text of the domain that the model must stay good at) or --stats FILE",
@@ -101,11 +102,12 @@ def make_plan(prepared: Prepared, job: PruneJob, stats: Statistics | None, commo
     model, method = prepared.model, prepared.method
     if stats is not None:
         stats.require_source(model.source.fingerprint, job.stats)
-        stats.require(method.needs, job.stats, layers=[fact.layer for fact in model.facts])
+        stats.require(method.reads(prepared.params), job.stats, layers=[fact.layer for fact in model.facts])
     weights = weight_statistics(model.source, model.architecture, model.facts, method.weights, common.watch)
     scores = {fact.layer: _score(prepared, fact, stats, weights[fact.layer], job.weights) for fact in model.facts}
     protected = _protected(prepared, stats)
-    layers = layer_plans(model.facts, scores, prepared.keep, protected)
+    choice = None if stats is None else _choice(prepared, stats, job.weights)
+    layers = layer_plans(model.facts, scores, prepared.keep, protected, choice)
     made_by: dict[str, Any] = {
         "version": __version__,
         "method": method.name,
@@ -128,9 +130,34 @@ def passing(prepared: Prepared) -> dict[str, Any]:
     """How the method's own calibration pass differs from a plain one."""
     from moezip.calibrate.record import GRADIENTS, wants_gradients
 
-    if not wants_gradients(prepared.method.needs):
-        return {}
-    return {"record": [GRADIENTS], "labels": prepared.params.labels}
+    method, params = prepared.method, prepared.params
+    own = own_names(method, params)
+    if not wants_gradients(method.needs):
+        return {"record": own}
+    return {"record": [GRADIENTS, *own], "labels": params.labels}
+
+
+def own_names(method: Method, params: Any) -> list[str]:
+    """The records that a calibration for this method sums besides the standing ones, by name."""
+    from moezip.calibrate.record import BY_NAME
+
+    records = () if method.records is None else method.records(params)
+    return [record.name for record in records if record.name not in BY_NAME]
+
+
+def _choice(prepared: Prepared, stats: Statistics, weights: Mapping[str, float]) -> Choice | None:
+    """The method's own choice, where it does more than rank."""
+    from moezip.plan.allocate import mix_domains
+
+    choose = prepared.method.choose
+    if choose is None:
+        return None
+
+    def choice(fact: LayerFacts, keep: int, protected: Sequence[int]) -> list[int]:
+        mixed = mix_domains(stats.domains, fact.layer, [weights.get(each.name, 1.0) for each in stats.domains])
+        return choose(fact, mixed, keep, protected, prepared.params)
+
+    return choice
 
 
 def _score(
@@ -143,7 +170,7 @@ def _score(
     from moezip.plan.allocate import combine_domains
 
     method = prepared.method
-    if not method.needs or stats is None:
+    if not method.reads_text or stats is None:
         result: Array = method.run(fact, weights, prepared.params)
         return result
     per_domain = [
@@ -162,7 +189,7 @@ def _protected(prepared: Prepared, stats: Statistics | None) -> dict[int, list[i
         return {}
     layers = stats.domains[0].layers
     if not all("output_max" in domain.layers[layer] for domain in stats.domains for layer in layers):
-        if prepared.method.needs:
+        if prepared.method.reads_text:
             raise StatisticsError(
                 "the statistics lack output_max, which the guard for super experts reads",
                 next="calibrate again with --record output_max, or switch the guard off with --set guard=false",
@@ -196,7 +223,7 @@ def prune_command(
     clock = Clock()
     prepared = prepare_prune(checkpoint, job, common)
     source = prepared.model.source
-    passes = bool(prepared.method.needs) and job.stats is None
+    passes = prepared.method.reads_text and job.stats is None
     require_text(prepared, job)
     if plan_only:
         refuse_file(out, "plan", common)

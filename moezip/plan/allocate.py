@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from moezip.arch.spec import LayerFacts
-from moezip.calibrate.statistics import Array
+from moezip.calibrate.record import combine_of
+from moezip.calibrate.statistics import Array, Domain
 from moezip.errors import PlanError, UsageError
-from moezip.plan.plan import LayerPlan, Pick, require_keepable
+from moezip.plan.plan import LayerPlan, Pick, require_groups, require_keepable
+
+# (layer, how many, which must be among them) -> the experts that stay, where a method does more than rank.
+Choice = Callable[[LayerFacts, int, Sequence[int]], list[int]]
 
 
 def kept_count(experts: int, keep: int | None, ratio: float | None) -> int:
@@ -38,14 +42,52 @@ def combine_domains(scores: Sequence[Array], weights: Sequence[float] | None = N
     Args:
         scores: per domain, [E].
         weights: how much each domain counts; equally without.
+
+    Raises:
+        PlanError: several domains, and scores below 0, which have no common scale.
     """
     if len(scores) == 1:
         return scores[0]
+    if any((score < 0).any() for score in scores):
+        raise PlanError(
+            "this method gives scores below 0, and those of several domains cannot be put on one scale",
+            next="give one --data path (a folder is one domain), or another method or setting",
+        )
     total = np.zeros_like(scores[0])
     for score, weight in zip(scores, weights or [1.0] * len(scores), strict=True):
         if (layer_sum := score.sum()) > 0:
             total += weight * score / layer_sum
     return total
+
+
+def mix_domains(domains: Sequence[Domain], layer: int, weights: Sequence[float]) -> dict[str, Array]:
+    """One layer's statistics as if every token of the mixture were drawn from a domain with odds of its weight.
+
+    Sums are taken per token before they are added; largest values stay the largest of all.
+    """
+    mixed: dict[str, Array] = {}
+    for name in domains[0].layers[layer]:
+        each = [domain.layers[layer][name] for domain in domains]
+        if len(each) == 1:
+            mixed[name] = each[0]
+        elif combine_of(name) == "max":
+            mixed[name] = np.max(each, axis=0)
+        else:
+            parts = [w * sums / d.tokens for w, sums, d in zip(weights, each, domains, strict=True)]
+            mixed[name] = np.sum(parts, axis=0)
+    return mixed
+
+
+def require_room(fact: LayerFacts, keep: int, protected: Sequence[int]) -> None:
+    """Raises PlanError if a layer, or a group of it, has more protected experts than may stay."""
+    size, each = fact.experts // fact.groups, keep // fact.groups
+    for group in range(fact.groups):
+        if sum(expert // size == group for expert in set(protected)) > each:
+            raise PlanError(
+                f"layer {fact.layer} has more super experts than the {each} it may keep"
+                + (f" in group {group}" if fact.groups > 1 else ""),
+                next="keep more experts, or switch the guard off with --set guard=false",
+            )
 
 
 def rank(fact: LayerFacts, scores: Array, keep: int, protected: Sequence[int] = ()) -> list[int]:
@@ -62,20 +104,31 @@ def rank(fact: LayerFacts, scores: Array, keep: int, protected: Sequence[int] = 
             f"the scores of layer {fact.layer} are not {fact.experts} finite numbers",
             next="the statistics are damaged or the model overflows; calibrate again",
         )
+    require_room(fact, keep, protected)
     guarded = set(protected)
     order = sorted(range(fact.experts), key=lambda e: (e not in guarded, -scores[e], e))
     size, each = fact.experts // fact.groups, keep // fact.groups
     kept: list[int] = []
     for group in range(fact.groups):
-        members = [expert for expert in order if expert // size == group]
-        if sum(expert in guarded for expert in members) > each:
-            raise PlanError(
-                f"layer {fact.layer} has more super experts than the {each} it may keep"
-                + (f" in group {group}" if fact.groups > 1 else ""),
-                next="keep more experts, or switch the guard off with --set guard=false",
-            )
-        kept += members[:each]
+        kept += [expert for expert in order if expert // size == group][:each]
     return sorted(kept)
+
+
+def chosen(fact: LayerFacts, choice: Choice, keep: int, protected: Sequence[int] = ()) -> list[int]:
+    """What ``choice`` keeps, ascending, checked: ``keep`` different experts, all protected ones, groups of equal size.
+
+    Raises:
+        PlanError: an impossible count, more protected experts than are kept, or a choice that breaks the rules.
+    """
+    require_keepable(fact, keep)
+    require_room(fact, keep, protected)
+    kept = sorted(choice(fact, keep, protected))
+    if len(set(kept)) != keep or len(kept) != keep or not set(kept) <= set(range(fact.experts)):
+        raise PlanError(f"layer {fact.layer}: the method was to keep {keep} experts and chose {kept}")
+    if missing := sorted(set(protected) - set(kept)):
+        raise PlanError(f"layer {fact.layer}: the method dropped the protected experts {missing}")
+    require_groups(fact, kept)
+    return kept
 
 
 def layer_plans(
@@ -83,15 +136,16 @@ def layer_plans(
     scores: Mapping[int, Array],
     keep: int,
     protected: Mapping[int, Sequence[int]],
+    choice: Choice | None = None,
 ) -> tuple[LayerPlan, ...]:
-    """The same number of experts in every layer, ranked inside the layer."""
-    return tuple(
-        LayerPlan(
-            fact.layer,
-            fact.experts,
-            tuple(map(Pick.keep, rank(fact, scores[fact.layer], keep, protected.get(fact.layer, ())))),
-            tuple(float(value) for value in scores[fact.layer]),
-            tuple(protected.get(fact.layer, ())),
-        )
-        for fact in facts
-    )
+    """The same number of experts in every layer, ranked inside the layer, or chosen where the method chooses."""
+    layers = []
+    for fact in facts:
+        guarded = tuple(protected.get(fact.layer, ()))
+        if choice is None:
+            kept = rank(fact, scores[fact.layer], keep, guarded)
+        else:
+            kept = chosen(fact, choice, keep, guarded)
+        shown = tuple(float(value) for value in scores[fact.layer])
+        layers.append(LayerPlan(fact.layer, fact.experts, tuple(map(Pick.keep, kept)), shown, guarded))
+    return tuple(layers)

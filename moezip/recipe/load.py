@@ -179,7 +179,7 @@ def _check_method(action: Prune, recipe: Recipe, loc: Loc, places: Places) -> No
         parse_params(method, {key: str(value) for key, value in action.settings.items()})
     except UsageError as error:
         raise RecipeError(error.what, where=places.where((*loc, "settings")), next=error.next) from error
-    if method.needs and not (recipe.calibration if action.calibration is None else action.calibration):
+    if method.reads_text and not (recipe.calibration if action.calibration is None else action.calibration):
         raise RecipeError(
             f"{method.name} reads statistics, and this prune has no calibration to gather them from",
             where=places.where(loc),
