@@ -263,6 +263,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             router_module="router",
             norm="pre_ff_layernorm",
             gate_norm=False,
+            width_is_dense_too=True,
             notes="layers without experts have one plain MLP under the same name",
         ),
         Architecture(

@@ -141,6 +141,7 @@ class Architecture:
         group_rank: see LayerFacts.
         shared_key: config key that says how many shared experts there are, for reports.
         shared_is_width: ``shared_key`` gives their whole inner width instead of their number.
+        width_is_dense_too: ``width_key`` is also the size of dense layers' MLPs, which stay as they are.
         shared_modules: what sits in the block beside router and experts (shared experts and their gate), the same
             names in memory and on disk.
         extra_prefixes: name prefixes of multi-token-prediction layers, ``{layers}`` = number of decoder layers: such
@@ -173,6 +174,7 @@ class Architecture:
     shared_key: str | None = None
     shared_is_width: bool = False
     shared_modules: tuple[str, ...] = ()
+    width_is_dense_too: bool = False
     extra_prefixes: tuple[str, ...] = ()
     extra_count_keys: tuple[str, ...] = ()
     config_defaults: Mapping[str, Any] | None = None
@@ -256,6 +258,31 @@ class Architecture:
             )
             for layer in self.moe_layers(config)
         ]
+
+    def with_width(self, config: Mapping[str, Any], width: int) -> dict[str, Any]:
+        """The config keys to change for experts of another inner size F.
+
+        Raises:
+            ArchitectureError: the key also sizes something else, which would change with it.
+        """
+        if self.width_is_dense_too:
+            raise ArchitectureError(
+                f"{self.width_key} of a {self.name} model sizes its dense layers too, so experts alone cannot get narrower",
+                next="prune whole experts of this model",
+            )
+        edits = {self.width_key: width}
+        shared = config.get(self.shared_key) if self.shared_key and not self.shared_is_width else None
+        if shared:
+            assert self.shared_key is not None
+            whole = whole_number(shared, self.shared_key) * self.integer(config, self.width_key)
+            if whole % width:
+                raise ArchitectureError(
+                    f"the shared experts are {whole} wide, which is no multiple of {width}: a loader builds them as "
+                    f"{self.shared_key} x {self.width_key}",
+                    next="keep a number of neurons that divides it",
+                )
+            edits[self.shared_key] = whole // width
+        return edits
 
     # -- names ----------------------------------------------------------------------------------------------
 

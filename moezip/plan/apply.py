@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moezip.arch.families import identify
-from moezip.arch.spec import Claim, RouterTensor
+from moezip.arch.spec import Claim, ExpertTensor, RouterTensor
 from moezip.checkpoint.source import Source, TensorSpec
 from moezip.errors import CheckpointError, PlanError
-from moezip.plan.plan import Plan
+from moezip.plan.plan import LayerPlan, Plan
 
 if TYPE_CHECKING:
     import torch
@@ -20,11 +20,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """One output tensor: a source tensor, whole, or some entries of one of its axes in a given order."""
+    """One output tensor: a source tensor, whole, or some entries of one of its axes in a given order.
+
+    ``slices`` is for a fused tensor of which every expert keeps other neurons: per kept expert, its entries of
+    ``axis``, one of the axes behind the experts'.
+    """
 
     origin: str
     entries: tuple[int, ...] | None = None
     axis: int = 0
+    slices: tuple[tuple[int, ...], ...] | None = None
 
 
 class Applied:
@@ -40,8 +45,13 @@ class Applied:
         self.architecture = identify(source.config, source.folder)
         facts = self.architecture.layer_facts(source.config)
         plan.validate(facts, source.fingerprint, source.folder)
+        self._width = facts[0].width
+        self._layers = {layer.layer: layer for layer in plan.layers}
         self._kept = {layer.layer: layer.kept for layer in plan.layers}
-        self._same = {layer.layer: layer.kept == tuple(range(layer.experts)) for layer in plan.layers}
+        self._same = {
+            layer.layer: layer.whole and layer.kept == tuple(range(layer.experts)) for layer in plan.layers
+        }
+        self._check_neurons()
         self._views: dict[str, View] = {}
         self._specs: dict[str, TensorSpec] = {}
         for name in source.names():
@@ -61,9 +71,9 @@ class Applied:
         elif claim.layer is None or claim.layer not in self._kept or self._same[claim.layer]:
             yield name, View(name)
         elif claim.kind == "expert":
-            yield from self._renumbered(name, claim, self._kept[claim.layer])
+            yield from self._renumbered(name, claim, self._layers[claim.layer])
         elif claim.kind == "fused":
-            yield name, View(name, self._kept[claim.layer])
+            yield name, self._fused(name, claim, self._layers[claim.layer])
         else:
             assert isinstance(claim.tensor, RouterTensor)
             yield name, View(name, self._kept[claim.layer], claim.tensor.axis)
@@ -75,23 +85,58 @@ class Applied:
         if self._same[last] or claim.kind == "other":
             yield name, View(name)
         elif claim.kind == "expert":
-            yield from self._renumbered(name, claim, self._kept[last])
+            yield from self._renumbered(name, claim, self._layers[last])
+        elif claim.kind == "fused":
+            yield name, self._fused(name, claim, self._layers[last])
         else:
             axis = claim.tensor.axis if isinstance(claim.tensor, RouterTensor) else 0
             yield name, View(name, self._kept[last], axis)
 
-    @staticmethod
-    def _renumbered(name: str, claim: Claim, kept: Sequence[int]) -> Iterator[tuple[str, View]]:
-        if claim.expert in kept:
-            number = kept.index(claim.expert)
-            yield re.sub(r"(?<=experts\.)\d+(?=\.)", str(number), name, count=1), View(name)
+    def _renumbered(self, name: str, claim: Claim, layer: LayerPlan) -> Iterator[tuple[str, View]]:
+        if claim.expert not in layer.kept:
+            return
+        number = layer.kept.index(claim.expert)
+        view, neurons = View(name), layer.picks[number].neurons
+        if neurons is not None:
+            assert isinstance(claim.tensor, ExpertTensor)
+            view = View(name, *inner_entries(claim.tensor, neurons, self._width))
+        yield re.sub(r"(?<=experts\.)\d+(?=\.)", str(number), name, count=1), view
+
+    def _fused(self, name: str, claim: Claim, layer: LayerPlan) -> View:
+        assert isinstance(claim.tensor, ExpertTensor)
+        if layer.whole or claim.tensor.role == "down_bias":
+            return View(name, layer.kept)
+        every = tuple(range(self._width))
+        found = [inner_entries(claim.tensor, every if p.neurons is None else p.neurons, self._width) for p in layer.picks]
+        return View(name, layer.kept, found[0][1] + 1, tuple(entries for entries, _ in found))
+
+    def _check_neurons(self) -> None:
+        """Raises PlanError for neurons that cannot be taken out of this checkpoint."""
+        widths = {width for layer in self.plan.layers for width in layer.widths(self._width)}
+        if widths == {self._width}:
+            return
+        if self._source.config.get("quantization_config"):
+            raise PlanError(
+                "the plan keeps some neurons of experts whose stored codes come in blocks",
+                where=self._source.folder,
+                next="prune whole experts of a quantized checkpoint, or start from its unquantized form",
+            )
+        if len(widths) > 1:
+            raise PlanError(
+                f"the plan keeps between {min(widths)} and {max(widths)} neurons of an expert, which no stock loader reads",
+                where=self._source.folder,
+                next="keep the same number of every expert (--set uniform=true)",
+            )
 
     def _add(self, target: str, view: View) -> None:
         if target in self._views:
             raise PlanError(f"two source tensors would both become {target}", where=self._source.folder)
         spec = self._source.spec(view.origin)
         shape = spec.shape
-        if view.entries is not None:
+        if view.slices is not None and view.entries is not None:
+            shape = (len(view.entries), *shape[1:])
+            shape = (*shape[: view.axis], len(view.slices[0]), *shape[view.axis + 1 :])
+        elif view.entries is not None:
             if len(shape) <= view.axis or shape[view.axis] <= max(view.entries):
                 raise PlanError(
                     f"{view.origin} has shape {shape}; the plan keeps entry {max(view.entries)} of axis {view.axis}",
@@ -147,6 +192,8 @@ class Applied:
         self._require_rows(spec, rows)
         if view.entries is None:
             return self._source.read(view.origin, rows)
+        if view.slices is not None:
+            return torch.cat(list(self._sliced(view, rows or range(len(view.entries)))))
         if view.axis == 0:
             wanted = view.entries if rows is None else view.entries[rows.start : rows.stop]
             whole = torch.empty((len(wanted), *spec.shape[1:]), dtype=self._source.read(view.origin, range(0)).dtype)
@@ -163,6 +210,11 @@ class Applied:
         self._require_rows(spec, rows)
         if view.entries is None:
             yield from self._source.chunks(view.origin, rows)
+        elif view.slices is not None:
+            import torch
+
+            for expert in self._sliced(view, rows or range(len(view.entries))):
+                yield memoryview(expert.contiguous().view(torch.uint8).numpy().tobytes())
         elif view.axis == 0:
             for run in runs(view.entries if rows is None else view.entries[rows.start : rows.stop]):
                 yield from self._source.chunks(view.origin, run)
@@ -170,6 +222,15 @@ class Applied:
             import torch
 
             yield memoryview(self.read(name, rows).contiguous().view(torch.uint8).numpy().tobytes())
+
+    def _sliced(self, view: View, experts: range) -> Iterator[torch.Tensor]:
+        """One kept expert of a fused tensor after another, [1, ...], with its own neurons."""
+        import torch
+
+        assert view.slices is not None and view.entries is not None
+        for place in experts:
+            expert = self._source.read(view.origin, range(view.entries[place], view.entries[place] + 1))
+            yield expert.index_select(view.axis, torch.tensor(view.slices[place]))
 
     def _require_rows(self, spec: TensorSpec, rows: range | None) -> None:
         if rows is not None and (not spec.shape or rows.step != 1 or not 0 <= rows.start <= rows.stop <= spec.shape[0]):
@@ -183,11 +244,34 @@ class Applied:
             count = len(self.plan.layers[0].picks)
             for key in entry.count_keys:
                 config[key] = count
+            [width] = {width for layer in self.plan.layers for width in layer.widths(self._width)}
+            if width != self._width:
+                config.update(entry.with_width(config, width))
         if self.plan.mtp == "drop":
             for key in entry.extra_count_keys:
                 if config.get(key):
                     config[key] = 0
         return config
+
+
+def inner_entries(tensor: ExpertTensor, neurons: Sequence[int], width: int) -> tuple[tuple[int, ...], int]:
+    """Where neurons sit in one expert's tensor: (entries, axis), of the 2-D matrix or 1-D bias as it is stored.
+
+    Args:
+        neurons: ascending, below ``width``, the expert's inner size F.
+    """
+    if tensor.role in ("gate_up", "gate_up_bias"):
+        if tensor.interleaved:
+            entries = tuple(place for neuron in neurons for place in (2 * neuron, 2 * neuron + 1))
+        else:
+            entries = (*neurons, *(width + neuron for neuron in neurons))
+    else:
+        entries = tuple(neurons)
+    if tensor.role == "gate_up_bias":
+        return entries, 0
+    outputs_first = not tensor.transposed
+    inner_is_output = tensor.role != "down"
+    return entries, 0 if outputs_first == inner_is_output else 1
 
 
 def runs(entries: Sequence[int]) -> Iterator[range]:

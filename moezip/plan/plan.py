@@ -17,10 +17,16 @@ SCHEMA = 1
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A share of one source expert in a new one."""
+    """A share of one source expert in a new one.
+
+    Attributes:
+        expert: of the source. weight: its share.
+        neurons: inner neurons kept, ascending (rows of gate and up, columns of down); None for all.
+    """
 
     expert: int
     weight: float = 1.0
+    neurons: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +39,24 @@ class Pick:
     def keep(cls, expert: int) -> Pick:
         return cls((Part(expert),))
 
+    @classmethod
+    def slim(cls, expert: int, neurons: Sequence[int], width: int) -> Pick:
+        """Some neurons of one expert; the plain pick where that is all ``width`` of them."""
+        return cls((Part(expert, neurons=None if len(neurons) == width else tuple(neurons)),))
+
+    @property
+    def neurons(self) -> tuple[int, ...] | None:
+        """The neurons kept of that expert, None for all."""
+        return self.parts[0].neurons
+
     @property
     def kept(self) -> int:
-        """The source expert that this pick keeps as it is. Raises PlanError where it mixes several."""
+        """The source expert that this pick keeps, whole or in part. Raises PlanError where it mixes several."""
         if len(self.parts) == 1 and self.parts[0].weight == 1.0:
             return self.parts[0].expert
         raise PlanError(
             f"the plan mixes experts {', '.join(str(part.expert) for part in self.parts)} into one",
-            next="this version of moezip only keeps experts whole",
+            next="this version of moezip only keeps experts or parts of them",
         )
 
 
@@ -66,6 +82,15 @@ class LayerPlan:
     def kept(self) -> tuple[int, ...]:
         """Source experts in output order."""
         return tuple(pick.kept for pick in self.picks)
+
+    @property
+    def whole(self) -> bool:
+        """Whether every pick keeps all neurons."""
+        return all(pick.neurons is None for pick in self.picks)
+
+    def widths(self, width: int) -> tuple[int, ...]:
+        """Neurons kept of each output expert, of ``width`` in the source."""
+        return tuple(width if pick.neurons is None else len(pick.neurons) for pick in self.picks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +119,8 @@ class Plan:
 
     @property
     def keeps_all(self) -> bool:
-        """Whether every layer keeps every expert in place."""
-        return all(layer.kept == tuple(range(layer.experts)) for layer in self.layers)
+        """Whether every layer keeps every expert whole and in place."""
+        return all(layer.whole and layer.kept == tuple(range(layer.experts)) for layer in self.layers)
 
     def validate(self, facts: Sequence[LayerFacts], fingerprint: str, where: object = None) -> None:
         """Raises PlanError unless this plan can be carried out on the checkpoint with these facts."""
@@ -119,6 +144,8 @@ class Plan:
                 )
             if len(set(kept)) != len(kept):
                 raise PlanError(f"layer {layer.layer}: the plan keeps an expert twice: {list(kept)}", where=where)
+            for pick in layer.picks:
+                require_neurons(pick, fact, where)
             require_keepable(fact, len(kept))
             require_groups(fact, kept, where)
         if len({len(layer.picks) for layer in self.layers}) > 1:
@@ -190,14 +217,52 @@ class Plan:
 
 def _pick_json(pick: Pick) -> Any:
     if len(pick.parts) == 1 and pick.parts[0].weight == 1.0:
+        if pick.neurons is not None:
+            return {"expert": pick.parts[0].expert, "neurons": ranges(pick.neurons)}
         return pick.parts[0].expert
     return [[part.expert, part.weight] for part in pick.parts]
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers as text, neighbours joined: 0 1 2 5 -> "0-2 5"."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return " ".join(str(first) if first == last else f"{first}-{last}" for first, last in found)
+
+
+def numbers_of(text: str) -> tuple[int, ...]:
+    """The inverse of ``ranges``. Raises ValueError for anything else."""
+    found: list[int] = []
+    for word in text.split():
+        first, _, last = word.partition("-")
+        found += range(int(first), int(last or first) + 1)
+    return tuple(found)
 
 
 def _pick(data: Any) -> Pick:
     if isinstance(data, int):
         return Pick.keep(data)
+    if isinstance(data, dict):
+        return Pick((Part(int(data["expert"]), neurons=numbers_of(data["neurons"])),))
     return Pick(tuple(Part(int(expert), float(weight)) for expert, weight in data))
+
+
+def require_neurons(pick: Pick, fact: LayerFacts, where: object = None) -> None:
+    """Raises PlanError unless the neurons of a pick are ascending numbers below the width."""
+    neurons = pick.neurons
+    if neurons is None:
+        return
+    ascending = all(a < b for a, b in zip(neurons, neurons[1:], strict=False))
+    if not ascending or (neurons and not 0 <= neurons[0] <= neurons[-1] < fact.width):
+        raise PlanError(
+            f"layer {fact.layer}, expert {pick.kept}: neurons are ascending numbers from 0 to {fact.width - 1}, "
+            f"the plan keeps {ranges(neurons)[:60]}",
+            where=where,
+        )
 
 
 # -- what can be kept at all --------------------------------------------------------------------------------
