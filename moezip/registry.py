@@ -24,7 +24,7 @@ class Method:
 
     Attributes:
         name: what users type.
-        family: ``prune``, ``merge`` or ``quantize``.
+        family: ``prune``, ``merge``, ``quantize``, or ``profile`` for what is measured and reported alone.
         summary: one line for tables.
         paper: where the formula comes from.
         needs: names of the recorded statistics that ``run`` reads (see ``moezip.calibrate.record``);
@@ -32,6 +32,7 @@ class Method:
         schedule: ``global`` (observe all layers, then decide) or ``layerwise``.
         params: a frozen dataclass of the knobs that ``--set`` reaches; its docstring explains them.
         run: the method itself; for prune ``run(facts, stats, params) -> float64[E]``, higher is kept.
+        unit: what is scored and removed: whole experts, or ``neuron``s inside them (then ``run`` gives [E, F]).
         weights: names of data-free statistics that are computed from the weights alone.
         records: where the sums depend on the settings: ``records(params)`` gives the
             ``moezip.calibrate.record.Record``s that the method reads, own ones (named by ``record_name``) or standing
@@ -42,13 +43,14 @@ class Method:
     """
 
     name: str
-    family: Literal["prune", "merge", "quantize"]
+    family: Literal["prune", "merge", "quantize", "profile"]
     summary: str
     paper: str
     needs: tuple[str, ...]
     run: Callable[..., Any]
     params: type = NoParams
     schedule: Literal["global", "layerwise"] = "global"
+    unit: Literal["expert", "neuron"] = "expert"
     weights: tuple[str, ...] = ()
     records: Callable[[Any], tuple[Any, ...]] | None = None
     choose: Callable[..., list[int]] | None = None

@@ -267,7 +267,7 @@ class Architecture:
         """
         if self.width_is_dense_too:
             raise ArchitectureError(
-                f"{self.width_key} of a {self.name} model sizes its dense layers too, so experts alone cannot get narrower",
+                f"{self.width_key} of a {self.name} model sizes its dense layers too, so its experts stay as wide",
                 next="prune whole experts of this model",
             )
         edits = {self.width_key: width}

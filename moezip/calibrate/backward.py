@@ -106,6 +106,7 @@ class Backward:
                 where=self.folder,
                 next="name another --workdir, or use fewer --tokens",
             )
+        watch(Progress("reserve disk", self.disk_bytes, self.disk_bytes, "bytes"))
         kept: list[HiddenStates] = []
         try:
             self._forward(kept, watch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
@@ -81,6 +81,7 @@ def show_estimate(result: Estimate, as_json: bool) -> None:
             "calibration": f"{result.tokens:,} tokens" if result.tokens else "none",
             "time": f"about {console.duration(result.seconds)} ({result.assumes})",
             "memory": f"about {console.size(result.memory_bytes)}",
+            "disk": "the output" + (f" and, while it runs, {console.size(result.disk_bytes)}" if result.disk_bytes else ""),
         },
     )
     if result.kept:
@@ -131,6 +132,15 @@ def say_unrouted(unrouted: dict[str, int]) -> None:
             f"{sum(unrouted.values())} experts in {len(unrouted)} layers saw no token; they rank last. "
             "More or wider text would tell them apart."
         )
+
+
+def say_super_experts(profile: Mapping[str, Any] | None) -> None:
+    if profile is None:
+        return
+    bars = f"the {profile['percentile']:g}th percentile {profile['above_percentile']:.3g} and a tenth of the largest, "
+    bars += f"{profile['above_share']:.3g}"
+    found = ", ".join(f"layer {e['layer']} expert {e['expert']} ({e['peak']:.3g})" for e in profile["found"])
+    console.say(f"super experts: {found or 'none'}; largest |output| above {bars}")
 
 
 def show_evaluation(result: Evaluation) -> None:

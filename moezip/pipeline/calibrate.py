@@ -174,8 +174,27 @@ def calibrate_command(
         "tokens_per_second": stats.tokens / clock.seconds,
         "layers": len(model.facts),
         "unrouted": unrouted(stats),
+        "super_experts": super_expert_profile(model, stats),
         "seconds": clock.seconds,
         "peak_rss_bytes": peak_rss_bytes(),
+    }
+
+
+def super_expert_profile(model: Opened, stats: Statistics) -> dict[str, Any] | None:
+    """The super experts that the text showed, and both thresholds; None where outputs were not recorded."""
+    from dataclasses import asdict
+
+    from moezip.prune.super_experts import PERCENTILE, profile, recorded_peaks
+
+    peaks = recorded_peaks(stats)
+    if peaks is None:
+        return None
+    seen = profile(peaks, model.architecture.integer(model.source.config, model.architecture.layers_key))
+    return {
+        "percentile": PERCENTILE,
+        "above_percentile": seen.percentile,
+        "above_share": seen.share_of_maximum,
+        "found": [asdict(each) for each in seen.found],
     }
 
 

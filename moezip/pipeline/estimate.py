@@ -5,14 +5,18 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+import numpy as np
+
 from moezip.arch.spec import LayerFacts
+from moezip.calibrate.record import wants_gradients
 from moezip.export.stock import tensor_bytes
 from moezip.pipeline.common import Common
-from moezip.pipeline.prune import PruneJob, make_plan, prepare_prune, require_text
+from moezip.pipeline.prune import PruneJob, make_plan, neuron_layers, prepare_prune, require_text
 from moezip.plan.apply import Applied
 from moezip.plan.plan import LayerPlan, Pick, Plan
 from moezip.report.overview import overview
 
+GRADIENT_WORK = 5
 DISK_BYTES_PER_SECOND = 1e9  # a plain SSD; said beside the estimate
 
 
@@ -23,6 +27,7 @@ class Estimate:
     Attributes:
         kept: ids by layer, where they can be known without data.
         seconds, memory_bytes: rough; ``assumes`` says on what.
+        disk_bytes: kept on disk while a backward pass runs, beside the output.
     """
 
     method: str
@@ -34,6 +39,7 @@ class Estimate:
     tokens: int
     seconds: float
     memory_bytes: int
+    disk_bytes: int
     kept: dict[str, list[int]] | None
     assumes: str
 
@@ -52,6 +58,11 @@ def dry_run(checkpoint: str, job: PruneJob, common: Common) -> Estimate:
             stats = Saved.load(job.stats)
         plan = make_plan(prepared, job, stats, common)
         kept = {str(layer.layer): list(layer.kept) for layer in plan.layers}
+    elif prepared.method.unit == "neuron":
+        assert job.ratio is not None
+        nothing = {fact.layer: np.zeros((fact.experts, fact.width)) for fact in model.facts}
+        cut = neuron_layers(model, nothing, job.ratio, prepared.params, {})
+        plan = Plan(model.source.fingerprint, model.architecture.name, cut, prepared.params.mtp)
     else:
         # any choice of that many experts has the same size
         spread = [_first_of_groups(fact, prepared.keep) for fact in model.facts]
@@ -66,7 +77,12 @@ def dry_run(checkpoint: str, job: PruneJob, common: Common) -> Estimate:
     tokens = sum(text.tokens for text in job.texts) if passes else 0
     rate = _matmul_rate() if passes else 1.0
     hidden = tokens * seen.hidden * 2
-    seconds = tokens * 2 * seen.active_parameters / rate + (seen.bytes * passes + 2 * after) / DISK_BYTES_PER_SECOND
+    gradients = passes and wants_gradients(prepared.method.needs)
+    # a backward pass runs every layer again and then, at twice the work, its gradient; smaller rows cost the rest
+    work = GRADIENT_WORK if gradients else 1
+    reads = seen.bytes * (2 if gradients else 1) if passes else 0
+    seconds = tokens * 2 * seen.active_parameters * work / rate + (reads + 2 * after) / DISK_BYTES_PER_SECOND
+    disk = (hidden * (seen.layers + 1) + 2 * hidden) if gradients else 0
     memory = (600 * 2**20 + seen.largest_layer_bytes + hidden) if passes else 400 * 2**20
     return Estimate(
         method=prepared.method.name,
@@ -78,6 +94,7 @@ def dry_run(checkpoint: str, job: PruneJob, common: Common) -> Estimate:
         tokens=tokens,
         seconds=seconds + 6,
         memory_bytes=min(memory, common.max_memory or memory),
+        disk_bytes=disk,
         kept=kept,
         assumes=f"{rate / 1e9:.0f} GFLOP/s (measured now), disk 1 GB/s, 6 s to start" if passes else "disk 1 GB/s",
     )

@@ -7,17 +7,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from moezip import __version__
 from moezip.arch.experts import decoded
 from moezip.arch.spec import LayerFacts
 from moezip.checkpoint.reader import Checkpoint
 from moezip.checkpoint.source import Source
-from moezip.errors import StatisticsError, UsageError
+from moezip.errors import ArchitectureError, StatisticsError, UsageError
 from moezip.export.stock import tensor_bytes, write_checkpoint
 from moezip.pipeline.calibrate import forget, require_files, resumable, run_calibration, unrouted, work_folder
 from moezip.pipeline.common import Clock, Common, Opened, opened, refuse_file, refuse_output
 from moezip.plan.apply import Applied
-from moezip.plan.plan import Plan, require_keepable
+from moezip.plan.neurons import neuron_plans
+from moezip.plan.plan import LayerPlan, Plan, require_keepable
 from moezip.plan.price import predicted_nats, priced
 from moezip.registry import Method, lookup, parse_params
 from moezip.report.report import Report, peak_rss_bytes
@@ -74,13 +77,58 @@ def prepare_prune(checkpoint: str, job: PruneJob, common: Common) -> Prepared:
     if getattr(params, "labels", "data") not in ("data", "model"):
         raise UsageError(f"labels are data or model, not {params.labels!r}", where=f"--set labels={params.labels}")
     model = opened(checkpoint)
-    keep = kept_count(model.facts[0].experts, job.keep, job.ratio)
+    if method.unit == "neuron":
+        _prepare_neurons(method, model, job, params)
+        keep = model.facts[0].experts
+    else:
+        keep = kept_count(model.facts[0].experts, job.keep, job.ratio)
     for fact in model.facts:
         require_keepable(fact, keep)
     if job.texts and job.stats:
         raise UsageError("both --data and --stats are given", next="statistics are either saved or taken anew")
     require_files(job.texts)
     return Prepared(model, method, params, keep)
+
+
+def _prepare_neurons(method: Method, model: Opened, job: PruneJob, params: Any) -> None:
+    """Raises for what neurons cannot be taken from, or how."""
+    if job.ratio is None or job.keep is not None:
+        raise UsageError(
+            f"{method.name} removes neurons inside experts, not experts", where="--keep",
+            next="say what share of them with --ratio R",
+        )  # fmt: skip
+    if model.source.config.get("quantization_config"):
+        raise UsageError(
+            f"{method.name} cannot cut neurons out of stored quantized blocks", where=model.source.folder,
+            next="prune whole experts of this checkpoint, or start from its unquantized form",
+        )  # fmt: skip
+    if params.uniform:
+        model.architecture.with_width(model.source.config, model.facts[0].width)
+    neuron_layers(model, {f.layer: np.zeros((f.experts, f.width)) for f in model.facts}, job.ratio, params, {})
+
+
+def neuron_layers(
+    model: Opened, scores: Mapping[int, Array], ratio: float, params: Any, protected: Mapping[int, Sequence[int]]
+) -> tuple[LayerPlan, ...]:
+    """The layers of a plan of neurons, within what the architecture allows."""
+
+    def allowed(width: int) -> bool:
+        try:
+            model.architecture.with_width(model.source.config, width)
+        except ArchitectureError:
+            return False
+        return True
+
+    return neuron_plans(
+        model.facts,
+        scores,
+        ratio,
+        rank=params.rank,
+        step=params.round,
+        uniform=params.uniform,
+        protected=protected,
+        allowed=allowed,
+    )
 
 
 def require_text(prepared: Prepared, job: PruneJob) -> None:
@@ -106,14 +154,19 @@ def make_plan(prepared: Prepared, job: PruneJob, stats: Statistics | None, commo
     weights = weight_statistics(model.source, model.architecture, model.facts, method.weights, common.watch)
     scores = {fact.layer: _score(prepared, fact, stats, weights[fact.layer], job.weights) for fact in model.facts}
     protected = _protected(prepared, stats)
-    choice = None if stats is None else _choice(prepared, stats, job.weights)
-    layers = layer_plans(model.facts, scores, prepared.keep, protected, choice)
+    if method.unit == "neuron":
+        assert job.ratio is not None
+        layers = neuron_layers(model, scores, job.ratio, prepared.params, protected)
+    else:
+        choice = None if stats is None else _choice(prepared, stats, job.weights)
+        layers = layer_plans(model.facts, scores, prepared.keep, protected, choice)
     made_by: dict[str, Any] = {
         "version": __version__,
         "method": method.name,
         "paper": method.paper,
         "settings": asdict(prepared.params),
         "keep": prepared.keep,
+        **({"ratio": job.ratio} if method.unit == "neuron" else {}),
         "seed": common.seed,
     }
     if stats is not None:
@@ -181,8 +234,6 @@ def _score(
 
 def _protected(prepared: Prepared, stats: Statistics | None) -> dict[int, list[int]]:
     """Super experts by layer, where the guard is on and outputs were recorded."""
-    import numpy as np
-
     from moezip.prune.super_experts import super_experts
 
     if not prepared.params.guard or stats is None:
@@ -324,6 +375,12 @@ def _report(
         applied.architecture.claim(name, source.config).kind == "extra" for name in source.names()
     ):
         notes.append("the multi-token-prediction layers were dropped (keep them with --set mtp=keep)")
+    width = applied.architecture.layer_facts(source.config)[0].width
+    widths = [each for layer in plan.layers for each in layer.widths(width)]
+    if not all(layer.whole for layer in plan.layers):
+        share = sum(widths) / (width * len(widths))
+        between = f"{min(widths)} to {max(widths)}" if min(widths) < max(widths) else str(widths[0])
+        notes.append(f"{share:.2%} of the experts' neurons stay, {between} of {width} in an expert")
     guard = plan.made_by.get("settings", {}).get("guard")
     if guard and stats is None and "method" in plan.made_by:
         notes.append("the guard for super experts had no recorded outputs to look at")

@@ -107,7 +107,8 @@ class Applied:
         if layer.whole or claim.tensor.role == "down_bias":
             return View(name, layer.kept)
         every = tuple(range(self._width))
-        found = [inner_entries(claim.tensor, every if p.neurons is None else p.neurons, self._width) for p in layer.picks]
+        kept = [every if pick.neurons is None else pick.neurons for pick in layer.picks]
+        found = [inner_entries(claim.tensor, neurons, self._width) for neurons in kept]
         return View(name, layer.kept, found[0][1] + 1, tuple(entries for entries, _ in found))
 
     def _check_neurons(self) -> None:
@@ -123,7 +124,7 @@ class Applied:
             )
         if len(widths) > 1:
             raise PlanError(
-                f"the plan keeps between {min(widths)} and {max(widths)} neurons of an expert, which no stock loader reads",
+                f"the plan keeps {min(widths)} to {max(widths)} neurons of an expert, which no stock loader reads",
                 where=self._source.folder,
                 next="keep the same number of every expert (--set uniform=true)",
             )

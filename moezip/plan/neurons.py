@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -24,6 +24,7 @@ def neuron_plans(
     step: int = 1,
     uniform: bool = False,
     protected: Mapping[int, Sequence[int]] | None = None,
+    allowed: Callable[[int], bool] | None = None,
 ) -> tuple[LayerPlan, ...]:
     """Keeps the neurons of highest score, all experts staying in place.
 
@@ -35,6 +36,7 @@ def neuron_plans(
         ratio: share of all routed experts' neurons removed; int(N * (1 - ratio)) stay, rounded down to lots.
         rank: whether the budget is shared over the model, or held in every layer or expert.
         uniform: the same number of neurons in every expert.
+        allowed: with ``uniform``, whether the architecture can have this width; the largest such width is taken.
         protected: per layer, experts that keep all neurons (not with ``uniform``, which has one width for all).
 
     Raises:
@@ -68,6 +70,15 @@ def neuron_plans(
         for layer, experts in (protected or {}).items():
             lots[layer][list(experts)] = np.inf
     kept = _kept_lots(facts, lots, ratio, "expert" if uniform else rank, step)
+    if uniform and allowed is not None:
+        most = kept[facts[0].layer][0]
+        fitting = next((count for count in range(most, 0, -1) if allowed(count * step)), 0)
+        if not fitting:
+            raise PlanError(
+                f"no width of at most {most * step} neurons suits this architecture's shared experts",
+                next="remove a smaller share, or use a smaller round",
+            )
+        kept = {layer: [fitting] * len(counts) for layer, counts in kept.items()}
     plans = []
     for fact in facts:
         picks = []

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -256,7 +257,7 @@ def require_neurons(pick: Pick, fact: LayerFacts, where: object = None) -> None:
     neurons = pick.neurons
     if neurons is None:
         return
-    ascending = all(a < b for a, b in zip(neurons, neurons[1:], strict=False))
+    ascending = all(a < b for a, b in pairwise(neurons))
     if not ascending or (neurons and not 0 <= neurons[0] <= neurons[-1] < fact.width):
         raise PlanError(
             f"layer {fact.layer}, expert {pick.kept}: neurons are ascending numbers from 0 to {fact.width - 1}, "
