@@ -20,7 +20,7 @@ from moezip.checkpoint.reader import Checkpoint
 from moezip.checkpoint.source import Source
 from moezip.errors import ArchitectureError, UsageError
 from moezip.plan.apply import Applied
-from moezip.runtime.patterns import Patterns
+from moezip.runtime.patterns import Patterns, distance
 
 if TYPE_CHECKING:
     import numpy as np
@@ -116,9 +116,10 @@ def centre(scores: Sequence[Array]) -> tuple[list[float], float]:
         for row in scores
         for start in range(0, max(len(row) - PIECE, 0) + 1, PIECE)
     ]  # fmt: skip
-    radius = np.quantile(np.linalg.norm(np.stack(pieces) - middle, axis=1), WITHIN)
     # digits that a reader of the file can do without; what is compared later is what was written
-    return [round(float(value), 8) for value in middle], round(float(radius), 8)
+    found = [round(float(value), 8) for value in middle]
+    radius = np.quantile([distance(found, piece.tolist()) for piece in pieces], WITHIN)
+    return found, round(float(radius), 8)
 
 
 def query_of_text(source: Source, text: str, *, device: str = "cpu") -> list[float]:
@@ -210,13 +211,13 @@ def load_for_task(
         if prompt is not None:
             distances = known.distances(query_of_text(source, prompt, device=device))
         chosen = known.task(task if task is not None else next(iter(distances)))
-        distance = distances.get(chosen.name)
-        fell_back = threshold is not None and distance is not None and distance > threshold
+        apart = distances.get(chosen.name)
+        fell_back = threshold is not None and apart is not None and apart > threshold
         view: Source = source if fell_back else Applied(source, known.plan(chosen.name))
         model = whole(view, device=device, dtype=dtype, experts_implementation=experts_implementation)
     kept = known.experts if fell_back else known.keep
     found = Retrieved(
-        chosen.name, distance, distances, chosen.radius, threshold, fell_back, kept, known.experts
+        chosen.name, apart, distances, chosen.radius, threshold, fell_back, kept, known.experts
     )  # fmt: skip
     log.log(logging.WARNING if fell_back else logging.INFO, "%s", found)
     model.moezip_task = found
