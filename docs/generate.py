@@ -13,7 +13,7 @@ from pathlib import Path
 
 from moezip.arch.families import ARCHITECTURES, REFUSED
 from moezip.arch.spec import Architecture
-from moezip.prune import METHODS
+from moezip.prune import METHODS, PROFILES
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCK = re.compile(r"(<!-- generated:(?P<name>[a-z]+) -->\n).*?(<!-- /generated -->)", re.DOTALL)
@@ -28,7 +28,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def methods() -> str:
     rows = [
         (f"`{m.name}`", m.summary, "yes" if m.reads_text else "none", m.paper)
-        for m in sorted(METHODS, key=lambda m: (not m.reads_text, m.name))
+        for m in (*sorted(METHODS, key=lambda m: (not m.reads_text, m.name)), *PROFILES)
     ]
     return table(("method", "what it is", "calibration text", "source"), rows)
 

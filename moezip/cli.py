@@ -142,16 +142,17 @@ def methods(
     debug: Debug = False,
 ) -> None:
     """The compression methods, from the program's own table."""
-    from moezip.prune import METHODS
+    from moezip.prune import METHODS, PROFILES
     from moezip.registry import lookup
 
+    every = (*METHODS, *PROFILES)
     if name is not None:
-        results.explain(lookup(name, {method.name: method for method in METHODS}, "method"), as_json)
+        results.explain(lookup(name, {method.name: method for method in every}, "method"), as_json)
         return
     if as_json:
-        console.data([results.method_facts(method) for method in METHODS])
+        console.data([results.method_facts(method) for method in every])
         return
-    rows = [(m.name, m.family, "text" if m.reads_text else "none", m.summary, m.paper) for m in METHODS]
+    rows = [(m.name, m.family, "text" if m.reads_text else "none", m.summary, m.paper) for m in every]
     console.table("", ("method", "family", "data", "what it does", "source"), rows)
 
 
@@ -201,7 +202,10 @@ def calibrate(
     out: Annotated[Path, typer.Option("--out", help="The statistics file to make.")] = Path("statistics.safetensors"),
     tokens: Tokens = 65_536,
     seq_len: SeqLen = None,
-    record: Annotated[list[str] | None, typer.Option("--record", help="Only these statistics. Default all.")] = None,
+    record: Annotated[
+        list[str] | None,
+        typer.Option("--record", help="Only these statistics. METHOD:KEY=VALUE,... adds a method's own. Default all."),
+    ] = None,
     device: Device = "cpu",
     max_memory: MaxMemory = None,
     workdir: Workdir = None,
@@ -228,6 +232,7 @@ def calibrate(
         domains = ", ".join(f"{name} {count:,}" for name, count in result["domains"].items())
         console.say(f"{out}: {result['tokens']:,} tokens ({domains}) in {console.duration(result['seconds'])}")
         results.say_unrouted(result["unrouted"])
+        results.say_super_experts(result["super_experts"])
 
 
 @app.command()

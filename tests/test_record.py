@@ -16,7 +16,7 @@ from moezip.arch.spec import Architecture, LayerFacts
 from moezip.calibrate import capture
 from moezip.calibrate.capture import turning
 from moezip.calibrate.data import Rows
-from moezip.calibrate.record import BY_NAME, RECORDS, Observation, chosen_records
+from moezip.calibrate.record import BY_NAME, GRADIENT_RECORDS, RECORDS, Observation, chosen_records
 from moezip.calibrate.run import calibrate
 from moezip.checkpoint.reader import Checkpoint
 from moezip.errors import UsageError
@@ -76,7 +76,8 @@ def test_every_record_is_worked_by_hand_and_named_once() -> None:
     assert set(BY_HAND) == set(BY_NAME)
     assert len(BY_NAME) == len(RECORDS)
     assert {record.name for record in RECORDS if record.combine == "max"} == {"output_max"}
-    assert {name for method in METHODS for name in method.needs} <= set(BY_NAME)
+    known = {*BY_NAME, *(record.name for record in GRADIENT_RECORDS)}
+    assert {name for method in METHODS for name in method.needs} <= known
 
 
 def test_records_are_chosen_by_name_in_the_tables_order() -> None:
@@ -103,7 +104,9 @@ def repeated(times: int, gate_factor: float = 1.0) -> dict[str, np.ndarray]:
 
 
 def scores(stats: dict[str, np.ndarray]) -> dict[str, list[float]]:
-    return {m.name: m.run(FACTS, stats, PruneParams()).tolist() for m in METHODS if m.needs}
+    return {
+        m.name: m.run(FACTS, stats, PruneParams()).tolist() for m in METHODS if m.needs and set(m.needs) <= set(stats)
+    }
 
 
 def test_a_token_said_twice_doubles_sums_and_leaves_means() -> None:

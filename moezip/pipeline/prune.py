@@ -234,21 +234,18 @@ def _score(
 
 def _protected(prepared: Prepared, stats: Statistics | None) -> dict[int, list[int]]:
     """Super experts by layer, where the guard is on and outputs were recorded."""
-    from moezip.prune.super_experts import super_experts
+    from moezip.prune.super_experts import recorded_peaks, super_experts
 
     if not prepared.params.guard or stats is None:
         return {}
-    layers = stats.domains[0].layers
-    if not all("output_max" in domain.layers[layer] for domain in stats.domains for layer in layers):
+    peaks = recorded_peaks(stats)
+    if peaks is None:
         if prepared.method.reads_text:
             raise StatisticsError(
                 "the statistics lack output_max, which the guard for super experts reads",
                 next="calibrate again with --record output_max, or switch the guard off with --set guard=false",
             )
         return {}
-    peaks = {
-        layer: np.max([domain.layers[layer]["output_max"] for domain in stats.domains], axis=0) for layer in layers
-    }
     entry, config = prepared.model.architecture, prepared.model.source.config
     return super_experts(peaks, int(entry.value(config, entry.layers_key)))
 
