@@ -18,7 +18,7 @@ from moezip.report.report import peak_rss_bytes
 from moezip.runtime.patterns import Patterns, Task, require_tasks
 
 if TYPE_CHECKING:
-    from moezip.calibrate.statistics import Statistics
+    from moezip.calibrate.statistics import Array, Statistics
 
 DEFAULT_RATIO = 0.5
 
@@ -127,7 +127,7 @@ def _queries(prepared: Prepared, job: PruneJob, common: Common) -> dict[str, tup
     ids = [
         (row if rows.mask is None else row[rows.mask[number]]).tolist() for number, row in enumerate(rows.ids)
     ]  # fmt: skip
-    found: dict[str, list[object]] = {}
+    found: dict[str, list[Array]] = {}
     scores = routing(source, ids, device=common.device)
     for number, (name, seen) in enumerate(zip(rows.domains, scores, strict=True)):
         found.setdefault(name, []).append(seen)
