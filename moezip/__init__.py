@@ -1,4 +1,7 @@
-"""moezip: makes Mixture-of-Experts checkpoints small."""
+"""moezip: makes Mixture-of-Experts checkpoints small.
+
+After ``import moezip``, ``from_pretrained`` of transformers loads whatever moezip writes.
+"""
 
 __version__ = "0.1.0"
 
@@ -10,3 +13,12 @@ def __getattr__(name: str) -> object:
 
         return load
     raise AttributeError(f"module 'moezip' has no attribute {name!r}")
+
+
+def _teach_transformers() -> None:
+    from moezip.runtime.hook import install
+
+    install()
+
+
+_teach_transformers()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
+from moezip.arch.layout import METHOD, TRIPWIRE_DTYPE, TRIPWIRE_SHAPE, Layout, tripwire
 from moezip.arch.spec import Architecture, ExpertTensor, LayerFacts, RouterTensor
 from moezip.checkpoint.source import Source, TensorSpec
 from moezip.errors import ArchitectureError, CheckpointError
@@ -41,6 +42,8 @@ def decoded(source: Source) -> Source:
                     next="use the config.json that came with the weights",
                 )
         return source
+    if isinstance(quantization, Mapping) and quantization.get("quant_method") == METHOD:
+        return source  # ragged, but plain: whoever asks for the layers' facts has the format checked
     return Decoded(source)
 
 
@@ -262,19 +265,23 @@ def read_expert(source: Source, architecture: Architecture, layer: int, expert: 
 def check_shapes(source: Source, architecture: Architecture) -> None:
     """Config and headers tell the same story: count, width and hidden size of every expert and router.
 
-    Nothing is read but headers. Every name in an MoE block must be an expert's, the router's or a shared expert's.
+    Of a ragged checkpoint the story is its layout's, and the tripwire must be there. Nothing is read but headers. Every
+    name in an MoE block must be an expert's, the router's or a shared expert's.
 
     Raises:
         ArchitectureError: with the numbers that disagree, or the name that no entry claims.
     """
     config = source.config
     facts = {fact.layer: fact for fact in architecture.layer_facts(config)}
-    plain = decoded(source)
+    layout, plain = Layout.of(config), decoded(source)
+    trip = None if layout is None else tripwire(architecture, layout)
+    if trip is not None:
+        _check_tripwire(plain, trip)
     found: dict[tuple[int, ExpertTensor], set[int]] = {}
     routers: set[tuple[int, RouterTensor]] = set()
     for name in plain.names():
         claim = architecture.claim(name, config)
-        if claim.kind == "extra":
+        if claim.kind == "extra" or name == trip:
             continue
         if claim.layer is None or claim.tensor is None:
             _check_neighbour(name, architecture, facts, source)
@@ -289,6 +296,11 @@ def check_shapes(source: Source, architecture: Architecture) -> None:
             if count != fact.experts:
                 raise _disagree(f"{name} has {count} experts, the config says {fact.experts}", source)
             continue
+        if layout is not None and claim.expert is not None:
+            widths = layout.widths[claim.layer]
+            if claim.expert >= len(widths) or not widths[claim.expert]:
+                raise _disagree(f"{name} is there; by the layout there is no such expert, or its width is 0", source)
+            fact = replace(fact, width=widths[claim.expert])
         wanted = plain_shape(claim.tensor, fact)
         if claim.tensor.fused and shape[:1] != wanted[:1]:
             raise _disagree(f"{name} holds {shape[:1]} experts, the config says {fact.experts}", source)
@@ -301,8 +313,9 @@ def check_shapes(source: Source, architecture: Architecture) -> None:
         seen = found.setdefault((claim.layer, claim.tensor), set())
         seen.update(range(fact.experts) if claim.expert is None else (claim.expert,))
     for fact in facts.values():
+        wide = None if layout is None else {e for e, width in enumerate(layout.widths[fact.layer]) if width}
         for tensor in architecture.experts:
-            _check_count(found.get((fact.layer, tensor), set()), tensor, fact, source)
+            _check_count(found.get((fact.layer, tensor), set()), tensor, fact, source, wide)
         for row in architecture.router:
             if (fact.layer, row) not in routers:
                 raise _disagree(f"{row.template.format(layer=fact.layer)} is missing", source)
@@ -320,11 +333,25 @@ def plain_shape(tensor: ExpertTensor, fact: LayerFacts) -> tuple[int, ...]:
     return (fact.experts, *shape) if tensor.fused else shape
 
 
-def _check_count(seen: set[int], tensor: ExpertTensor, fact: LayerFacts, source: Source) -> None:
-    if seen == set(range(fact.experts)):
+def _check_tripwire(source: Source, name: str) -> None:
+    if name not in source.names() or source.spec(name).shape != TRIPWIRE_SHAPE:
+        raise ArchitectureError(
+            f"the tensor {name} of shape {list(TRIPWIRE_SHAPE)} ({TRIPWIRE_DTYPE}) is missing, which stops loaders "
+            "that do not know the format",
+            where=source.folder,
+            next="write the checkpoint again with moezip",
+        )
+
+
+def _check_count(
+    seen: set[int], tensor: ExpertTensor, fact: LayerFacts, source: Source, wide: set[int] | None = None
+) -> None:
+    """``wide``: the experts of a ragged layer that have tensors."""
+    expected = set(range(fact.experts)) if wide is None else wide
+    if seen == expected:
         return
     name = tensor.template.format(layer=fact.layer, expert="*")
-    missing = sorted(set(range(fact.experts)) - seen)
+    missing = sorted(expected - seen)
     what = f"layer {fact.layer} has {len(seen)} tensors {name}, the config says {fact.experts} experts"
     raise _disagree(f"{what}; the first missing is {missing[0]}" if missing else what, source)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moezip.arch.families import identify
+from moezip.arch.layout import Layout, tripwire
 from moezip.arch.spec import Architecture, ExpertTensor
 from moezip.checkpoint.source import Source
 from moezip.errors import ArchitectureError
@@ -74,6 +75,7 @@ class Skeleton:
             self.model: Any = AutoModelForCausalLM.from_config(
                 self.config, dtype=self.dtype, experts_implementation=experts_implementation
             ).eval()
+        self.layout = self._make_ragged()
         self.model.requires_grad_(False)
         self.layers: nn.ModuleList = self.model.get_submodule(self.architecture.layers)
         self._meta: dict[str, torch.Tensor] = dict(self.model.state_dict())
@@ -82,6 +84,16 @@ class Skeleton:
         self.strangers: list[str] = []
         self._map_names()
         self._make_buffers()
+
+    def _make_ragged(self) -> Layout | None:
+        """Layers and experts as different as the checkpoint's config says, where it does."""
+        layout = Layout.of(self.source.config)
+        if layout is not None:
+            from moezip.arch.ragged import make_ragged
+
+            self.architecture.layer_facts(self.source.config)  # raises where the layout cannot be
+            make_ragged(self.model, self.architecture, layout)
+        return layout
 
     # -- names ----------------------------------------------------------------------------------------------
 
@@ -102,14 +114,19 @@ class Skeleton:
         renamings = [step for step in mapping if isinstance(step, WeightRenaming)]
         converters = [step for step in mapping if isinstance(step, WeightConverter)]
         entry = self.architecture
+        trip = None if self.layout is None else tripwire(entry, self.layout)
         for name in self.source.names():
             claim = entry.claim(name, self.source.config)
-            if claim.kind == "extra":
+            if claim.kind == "extra" or name == trip:
                 continue
             if claim.kind == "expert" and isinstance(claim.tensor, ExpertTensor):
-                memory = "down_proj" if claim.tensor.role == "down" else "gate_up_proj"
-                target = f"{entry.layers}.{claim.layer}.{entry.block}.{entry.experts_module}.{memory}"
-                fill = Fill(name, claim.expert, claim.tensor)
+                module = f"{entry.layers}.{claim.layer}.{entry.block}.{entry.experts_module}"
+                if self.layout is not None:
+                    own = claim.tensor.template.partition("{expert}.")[2]
+                    target, fill = f"{module}.{claim.expert}.{own}", Fill(name)
+                else:
+                    memory = "down_proj" if claim.tensor.role == "down" else "gate_up_proj"
+                    target, fill = f"{module}.{memory}", Fill(name, claim.expert, claim.tensor)
             else:
                 target = rename_source_key(name, renamings, converters, self.model.base_model_prefix, self._meta)[0]
                 fill = Fill(name)
@@ -192,9 +209,22 @@ class Skeleton:
 
     def load(self, targets: Iterable[str]) -> None:
         """Read these parameters from the source. Tied parameters must be re-tied by the caller (``tie``)."""
+        touched = set()
         for target in targets:
             if target in self.fills:
                 self._assign(target, self._read(target))
+                touched.add(target.rpartition(f".{self.architecture.experts_module}.")[0])
+        if self.layout is not None:
+            self._join(touched)
+
+    def _join(self, blocks: Iterable[str]) -> None:
+        """Ragged experts of these blocks: the matrices that are used as one lie together."""
+        from moezip.arch.ragged import RaggedExperts
+
+        for block in blocks:
+            experts = getattr(self.model.get_submodule(block), self.architecture.experts_module, None)
+            if isinstance(experts, RaggedExperts):
+                experts.join()
 
     def free(self, targets: Iterable[str]) -> None:
         """Give their memory back."""

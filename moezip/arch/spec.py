@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from moezip.arch.layout import Layout
 from moezip.errors import ArchitectureError
 
 ExpertRole = Literal["gate", "up", "down", "gate_up", "gate_up_bias", "down_bias"]
@@ -237,14 +238,17 @@ class Architecture:
         return self.scoring == "sigmoid" or self.gates_renormalised(config)
 
     def layer_facts(self, config: Mapping[str, Any]) -> list[LayerFacts]:
-        """One LayerFacts per MoE layer, ascending. Raises ArchitectureError where the config does not say them."""
+        """One LayerFacts per MoE layer, ascending; of a ragged checkpoint each layer's own number and largest width.
+
+        Raises ArchitectureError where the config does not say them, or says what the router cannot work with.
+        """
         groups, top_groups = self.groups(config)
         experts, top_k = self.expert_count(config), self.integer(config, self.top_k_key)
         hidden, width = self.integer(config, self.hidden_key), self.integer(config, self.width_key)
         shared = whole_number(config.get(self.shared_key) or 0, self.shared_key) if self.shared_key else 0
         if self.shared_is_width:
             shared = -(-shared // width)
-        return [
+        facts = [
             LayerFacts(
                 layer=layer,
                 experts=experts,
@@ -258,6 +262,8 @@ class Architecture:
             )
             for layer in self.moe_layers(config)
         ]
+        layout = Layout.of(config)
+        return facts if layout is None else layout.facts(self, facts)
 
     def with_width(self, config: Mapping[str, Any], width: int) -> dict[str, Any]:
         """The config keys to change for experts of another inner size F.

@@ -55,7 +55,8 @@ def experts_forward(
     """Sum over the chosen experts of gate weight x expert output.
 
     Args:
-        self: a transformers experts module (fused weights, and the flags that say how they lie).
+        self: a transformers experts module (fused weights, and the flags that say how they lie), or a module that
+            brings the method ``expert_linear(name, expert, value)`` (``moezip.arch.ragged``).
         hidden_states: [T, D]. top_k_index, top_k_weights: [T, k], from the model's own router.
 
     Returns:
@@ -128,6 +129,10 @@ def padded_rows(count: int) -> int:
 def _linear(module: Any, name: str, expert: int, value: torch.Tensor) -> torch.Tensor:
     import torch.nn.functional as F
 
+    own = getattr(module, "expert_linear", None)
+    if own is not None:
+        result: torch.Tensor = own(name, expert, value)
+        return result
     weight = getattr(module, name)[expert]
     bias = getattr(module, f"{name}_bias")[expert] if module.has_bias else None
     return F.linear(value, weight.T if module.is_transposed else weight, bias)

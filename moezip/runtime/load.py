@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moezip.arch.layout import Layout
 from moezip.checkpoint.reader import Checkpoint
 from moezip.errors import UsageError
 from moezip.runtime.tasks import load_for_task, whole
@@ -47,4 +49,16 @@ def load(
         raise UsageError("a prompt, a task or a threshold means nothing without patterns", where="moezip.load",
                          next="give patterns=FILE, made by `moezip tasks build`")  # fmt: skip
     with Checkpoint.open(checkpoint) as source:
-        return whole(source, device=device, dtype=dtype)
+        if Layout.of(source.config) is None:
+            return whole(source, device=device, dtype=dtype)
+    return ragged(source.folder, device=device, dtype=dtype)
+
+
+def ragged(folder: Path, *, device: str, dtype: torch.dtype | None) -> Any:
+    """A checkpoint whose layers or experts differ, by way of transformers, so that it can be saved again."""
+    from transformers import AutoModelForCausalLM
+
+    from moezip.runtime.hook import install
+
+    install()
+    return AutoModelForCausalLM.from_pretrained(folder, device_map=device, dtype=dtype or "auto").eval()

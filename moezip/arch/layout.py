@@ -1,0 +1,154 @@
+"""Ragged checkpoints: layers with different numbers of experts, experts of different widths.
+
+On disk such a checkpoint is its source with fewer tensors of smaller shapes. ``config.json`` keeps the source's own
+counts and adds::
+
+    "quantization_config": {"quant_method": "moezip", "version": 1, "bits": 16,
+                            "experts": {"<decoder layer>": [width of expert 0, of expert 1, ...], ...}}
+
+Every MoE layer is listed. Expert tensors keep the family's names, gate and up [w, D], down [D, w]; an expert of width
+0, which outputs nothing, has no tensors. Router tensors have as many entries as the layer has experts. One more tensor,
+the tripwire, makes loaders that do not know the format stop: see ``tripwire``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from moezip.errors import ArchitectureError
+
+if TYPE_CHECKING:
+    from moezip.arch.spec import Architecture, LayerFacts
+
+METHOD = "moezip"
+VERSION = 1
+BITS = 16
+# The tripwire's dtype (its safetensors name), shape and value.
+TRIPWIRE_DTYPE, TRIPWIRE_SHAPE, TRIPWIRE_VALUE = "U8", (1,), 0
+FIX = "write the checkpoint again with moezip, or use the config.json that came with the weights"
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How wide every expert is.
+
+    Attributes:
+        widths: per MoE layer the inner size of each of its experts; 0 for one that outputs nothing.
+    """
+
+    widths: Mapping[int, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Layout | None:
+        """The layout that a config names, None where it names none.
+
+        Raises:
+            ArchitectureError: the config is of moezip's format, but not as this version reads it.
+        """
+        given = config.get("quantization_config")
+        if not isinstance(given, Mapping) or given.get("quant_method") != METHOD:
+            return None
+        if given.get("version") != VERSION or given.get("bits") != BITS:
+            raise ArchitectureError(
+                f"the checkpoint is of version {given.get('version')!r} with {given.get('bits')!r} bits of moezip's "
+                f"format; this moezip reads version {VERSION} with {BITS} bits",
+                where="config.json",
+                next="use a newer moezip",
+            )
+        experts = given.get("experts")
+        if not isinstance(experts, Mapping) or not experts:
+            raise _corrupt("quantization_config.experts is no table of layers")
+        widths: dict[int, tuple[int, ...]] = {}
+        for key, row in experts.items():
+            if not str(key).isdecimal() or str(int(key)) != str(key):
+                raise _corrupt(f"quantization_config.experts has the key {key!r}, which is no decoder layer")
+            if not isinstance(row, Sequence) or isinstance(row, str) or not row:
+                raise _corrupt(f"quantization_config.experts[{key}] is no list of widths")
+            if not all(isinstance(width, int) and not isinstance(width, bool) and width >= 0 for width in row):
+                raise _corrupt(f"quantization_config.experts[{key}] holds something that is no width")
+            widths[int(key)] = tuple(row)
+        return cls(dict(sorted(widths.items())))
+
+    def to_config(self) -> dict[str, Any]:
+        """The ``quantization_config`` that names this layout."""
+        experts = {str(layer): list(row) for layer, row in sorted(self.widths.items())}
+        return {"quant_method": METHOD, "version": VERSION, "bits": BITS, "experts": experts}
+
+    def facts(self, architecture: Architecture, facts: Sequence[LayerFacts]) -> list[LayerFacts]:
+        """``facts`` of the config alone with each layer's own number of experts, and its widest expert's width.
+
+        Raises:
+            ArchitectureError: a family that stores all experts of a layer in one tensor, layers that do not match the
+                config's, or a number of experts that the router cannot work with.
+        """
+        if any(tensor.fused for tensor in architecture.experts):
+            raise ArchitectureError(
+                f"{architecture.name} stores all experts of a layer in one tensor, which cannot be ragged",
+                where="config.json",
+                next="keep the same number of experts and one width everywhere",
+            )
+        if [fact.layer for fact in facts] != sorted(self.widths):
+            raise _corrupt(
+                f"quantization_config.experts lists the layers {sorted(self.widths)}, by the rest of the config "
+                f"experts are in {[fact.layer for fact in facts]}"
+            )
+        found = []
+        for fact in facts:
+            row = self.widths[fact.layer]
+            own = replace(fact, experts=len(row), width=max(row))
+            if problem := router_problem(own):
+                raise _corrupt(f"layer {fact.layer}: {problem}")
+            found.append(own)
+        return found
+
+
+def router_problem(fact: LayerFacts) -> str | None:
+    """Why the layer's router could not work with its number of experts; None where it can.
+
+    A router with groups cuts its list of scores into equal runs, so the number must be a multiple of the groups, and
+    each group must hold as many as a token may take of it and as its score adds up.
+    """
+    if fact.experts < fact.top_k:
+        return f"{fact.experts} experts, but the router sends every token to {fact.top_k}"
+    if fact.groups > 1 and fact.experts % fact.groups:
+        return f"{fact.experts} experts do not share evenly over the router's {fact.groups} groups"
+    need = max(-(-fact.top_k // fact.top_groups), fact.group_rank)
+    if fact.groups > 1 and fact.experts // fact.groups < need:
+        return f"{fact.experts} experts leave {fact.experts // fact.groups} in a group, the router needs {need}"
+    return None
+
+
+def tripwire(architecture: Architecture, layout: Layout) -> str:
+    """Name of the tensor that stops loaders which do not know the format.
+
+    Stock transformers fills parameters that it finds no tensors for with random numbers and warns; so it would where a
+    layer's experts all have width 0. In most other cases it finds shapes that do not fit and stops, but not for a
+    reason that anybody promises. The tripwire looks like one matrix more of the first MoE layer (its down matrix of
+    the expert after the last), has one element, and can be stacked with nothing. Every checkpoint of the format holds
+    it; moezip checks that it is there and uses it for nothing.
+    """
+    layer = min(layout.widths)
+    down = next(tensor for tensor in architecture.experts if tensor.role == "down")
+    return down.template.format(layer=layer, expert=len(layout.widths[layer]))
+
+
+def tripwire_of(architecture: Architecture, config: Mapping[str, Any]) -> str | None:
+    """``tripwire`` of a config; None for a checkpoint of another format."""
+    layout = Layout.of(config)
+    return None if layout is None else tripwire(architecture, layout)
+
+
+def require_uniform(config: Mapping[str, Any], what: str, where: object = None) -> None:
+    """Raises ArchitectureError if the checkpoint is ragged; ``what`` names the thing that cannot be done with it."""
+    if Layout.of(config) is not None:
+        raise ArchitectureError(
+            f"{what} a checkpoint whose layers or experts differ is not possible in this version",
+            where=where,
+            next="start from the checkpoint that it was made of",
+        )
+
+
+def _corrupt(what: str) -> ArchitectureError:
+    return ArchitectureError(what, where="config.json", next=FIX)

@@ -1,0 +1,225 @@
+"""Experts of different widths in one module, and models made of such modules.
+
+This module imports torch, so it is imported where a model is built and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from moezip.arch.layout import TRIPWIRE_SHAPE, Layout
+from moezip.arch.spec import Architecture
+from moezip.errors import ArchitectureError
+
+# What transformers' "experts implementation" may be set to: the plain loop below, and moezip's own.
+IMPLEMENTATIONS = ("eager", "moezip")
+# Matrix products round the last bit differently at other addresses, and are slower there.
+ALIGNED = 64
+# How the modules of transformers call the number of experts.
+COUNTS = ("num_experts", "out_features")
+
+
+class Matrix(nn.Module):
+    """Holds one ``weight``. No ``nn.Linear``, because it is not called: whoever wraps Linears would wrap in vain."""
+
+    def __init__(self, rows: int, columns: int, **kind: Any):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, columns, **kind))
+
+
+class Expert(nn.Module):
+    """Three matrices under the names they have on disk."""
+
+
+class RaggedExperts(nn.Module):
+    """The experts of one layer, each as wide as it is. Called like the experts modules of transformers.
+
+    Parameters are named as on disk, ``<expert>.<gate_proj>.weight``; an expert of width 0 has none. Flags and
+    activation are those of the module that it replaces, which makes it one that moezip's experts implementation can
+    run.
+
+    Args:
+        stock: the module that it replaces, for its flags, activation and config.
+        widths: inner size of every expert.
+        names: the child that holds the matrix of each role: ``gate``, ``up``, ``down``.
+        hidden: D.
+        kind: ``dtype`` and ``device`` of the parameters.
+    """
+
+    def __init__(
+        self, stock: Any, widths: tuple[int, ...], names: Mapping[str, str], hidden: int, **kind: Any
+    ):
+        super().__init__()
+        self.config, self.act_fn = stock.config, stock.act_fn
+        self.has_gate, self.has_bias, self.is_transposed, self.is_concatenated = True, False, False, True
+        self.has_post_expert_norm = self._is_expert_parallel = False
+        self._gating: Callable[..., torch.Tensor] = type(stock)._apply_gate
+        self.num_experts, self.hidden_dim, self.widths = len(widths), hidden, widths
+        self.intermediate_dim = max(widths)
+        self._names = dict(names)
+        for number, width in enumerate(widths):
+            if width:
+                expert = Expert()
+                for role in ("gate", "up", "down"):
+                    shape = (hidden, width) if role == "down" else (width, hidden)
+                    expert.add_module(names[role], Matrix(*shape, **kind))
+                self.add_module(str(number), expert)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_experts} experts, widths {min(self.widths)} to {max(self.widths)}"
+
+    def matrix(self, expert: int, role: str) -> Matrix:
+        """What holds the ``gate``, ``up`` or ``down`` matrix of an expert whose width is not 0."""
+        found: Matrix = getattr(getattr(self, str(expert)), self._names[role])
+        return found
+
+    def add_tripwire(self) -> None:
+        """A place for the tripwire of the format (``moezip.arch.layout.tripwire``), so that it is saved again."""
+        holder, leaf = Expert(), nn.Module()
+        leaf.register_buffer("weight", torch.empty(TRIPWIRE_SHAPE, dtype=torch.uint8, device="meta"))
+        holder.add_module(self._names["down"], leaf)
+        self.add_module(str(self.num_experts), holder)
+
+    # -- running --------------------------------------------------------------------------------------------
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Sum over the chosen experts of gate weight x expert output.
+
+        Args:
+            hidden_states: [T, D]. top_k_index, top_k_weights: [T, k], from the model's own router.
+
+        Returns:
+            [T, D].
+        """
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+        name = self.config._experts_implementation
+        if name not in IMPLEMENTATIONS:
+            raise ArchitectureError(
+                f"the experts implementation {name!r} needs experts of one width; these differ",
+                next=f"use {' or '.join(IMPLEMENTATIONS)}",
+            )
+        run = ALL_EXPERTS_FUNCTIONS.get_interface(name, RaggedExperts.plain)
+        result: torch.Tensor = run(self, hidden_states, top_k_index, top_k_weights)
+        return result
+
+    def plain(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """One expert after the other, operations in the order of the ``eager`` code of transformers."""
+        result = torch.zeros_like(hidden_states)
+        for expert in top_k_index.unique().tolist():
+            if not self.widths[expert]:
+                continue
+            place, token = torch.where((top_k_index == expert).T)
+            inner = self._apply_gate(self.expert_linear("gate_up_proj", expert, hidden_states[token]))
+            out = self.expert_linear("down_proj", expert, inner) * top_k_weights[token, place, None]
+            result.index_add_(0, token, out.to(result.dtype))
+        return result
+
+    def expert_linear(self, name: str, expert: int, value: torch.Tensor) -> torch.Tensor:
+        """``value`` times one expert's ``gate_up_proj`` (gate channels, then up channels) or ``down_proj``."""
+        if not self.widths[expert]:  # products with empty matrices, which gradients pass through
+            weight = value.new_empty((0, self.hidden_dim) if name == "gate_up_proj" else (self.hidden_dim, 0))
+        elif name == "gate_up_proj":
+            weight = self._gate_up(expert)
+        else:
+            weight = self.matrix(expert, "down").weight
+        return F.linear(value, weight)
+
+    def _gate_up(self, expert: int) -> torch.Tensor:
+        """Gate and up as one matrix [2w, D]: without a copy where they are neighbours in memory."""
+        gate, up = self.matrix(expert, "gate").weight, self.matrix(expert, "up").weight
+        if neighbours(gate, up) and not (torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)):
+            return gate.detach().as_strided((2 * gate.shape[0], gate.shape[1]), gate.stride())
+        return torch.cat([gate, up])
+
+    def _apply_gate(self, inner: torch.Tensor) -> torch.Tensor:
+        return self._gating(self, inner)
+
+    # -- memory ---------------------------------------------------------------------------------------------
+
+    def join(self) -> None:
+        """Makes gate and up of every expert neighbours in memory, and every matrix aligned. Values stay as they are.
+
+        To be called after parameters were replaced; at most one expert is in memory twice.
+        """
+        for expert, width in enumerate(self.widths):
+            if not width:
+                continue
+            gate, up, down = (self.matrix(expert, role) for role in ("gate", "up", "down"))
+            if gate.weight.is_meta or up.weight.is_meta or down.weight.is_meta:
+                continue
+            if not neighbours(gate.weight, up.weight):
+                both = torch.cat([gate.weight.data, up.weight.data])
+                for matrix, part in zip((gate, up), both.split(width), strict=True):
+                    matrix.weight = nn.Parameter(part, requires_grad=matrix.weight.requires_grad)
+            if down.weight.data_ptr() % ALIGNED:
+                down.weight = nn.Parameter(down.weight.data.clone(), requires_grad=down.weight.requires_grad)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> RaggedExperts:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.join()
+        return self
+
+
+def neighbours(gate: torch.Tensor, up: torch.Tensor) -> bool:
+    """Whether ``up`` begins in memory where ``gate`` ends, in one allocation that is aligned."""
+    return (
+        gate.untyped_storage().data_ptr() == up.untyped_storage().data_ptr()
+        and gate.data_ptr() + gate.numel() * gate.element_size() == up.data_ptr()
+        and gate.data_ptr() % ALIGNED == 0
+        and gate.is_contiguous()
+        and up.is_contiguous()
+    )
+
+
+def make_ragged(model: Any, architecture: Architecture, layout: Layout, *, wired: bool = False) -> None:
+    """Gives a model on the meta device the layout: experts modules replaced, routers cut to size.
+
+    Args:
+        model: of the source's config.
+        layout: checked against the architecture (``Layout.facts``).
+        wired: make a place for the tripwire.
+    """
+    names: dict[str, str] = {}
+    for tensor in architecture.experts:
+        names[tensor.role] = tensor.template.partition("{expert}.")[2].removesuffix(".weight")
+    for layer, widths in layout.widths.items():
+        block = model.get_submodule(f"{architecture.layers}.{layer}.{architecture.block}")
+        stock = block.get_submodule(architecture.experts_module)
+        old = stock.gate_up_proj
+        ragged = RaggedExperts(stock, widths, names, old.shape[-1], dtype=old.dtype, device=old.device)
+        if wired and layer == min(layout.widths):
+            ragged.add_tripwire()
+        ragged.train(stock.training)
+        setattr(block, architecture.experts_module, ragged)
+        _resize_router(block, architecture, old.shape[0], len(widths))
+
+
+def _resize_router(block: nn.Module, architecture: Architecture, old: int, new: int) -> None:
+    """Sizes whatever has one entry per expert, in the block beside experts and shared experts."""
+    others = (architecture.experts_module, *architecture.shared_modules)
+    axes = {tensor.template.rpartition(".")[2]: tensor.axis for tensor in architecture.router}
+    for path, module in block.named_modules():
+        if path.split(".")[0] in others:
+            continue
+        for leaf, axis in axes.items():
+            tensor = module._parameters.get(leaf, module._buffers.get(leaf))
+            if tensor is None:
+                continue
+            sized = tensor.new_empty((*tensor.shape[:axis], new, *tensor.shape[axis + 1 :]))
+            if leaf in module._parameters:
+                module._parameters[leaf] = nn.Parameter(sized, requires_grad=tensor.requires_grad)
+            else:
+                module._buffers[leaf] = sized
+        for name in COUNTS:
+            if vars(module).get(name) == old:
+                setattr(module, name, new)

@@ -1,0 +1,98 @@
+"""moezip's checkpoint format as a quantization method of transformers.
+
+That is what the library calls the place where a loader may change the modules of an empty model before weights are
+read, which is all that ragged checkpoints need. Imported by ``moezip.runtime.hook``, once transformers is there.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from moezip.arch.layout import METHOD, Layout
+from moezip.errors import ArchitectureError, CheckpointError
+
+
+class MoezipConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` of a checkpoint, as it is (see ``moezip.arch.layout``)."""
+
+    def __init__(self, **given: Any):
+        self.__dict__.update(given, quant_method=METHOD)
+
+
+class MoezipQuantizer(HfQuantizer):
+    """Loads ragged checkpoints: replaces experts modules and sizes routers, checks the files first."""
+
+    requires_calibration = True  # it reads checkpoints and makes none
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        """
+        Raises:
+            CheckpointError: there are no files to check, or they are damaged.
+            ArchitectureError: files and layout disagree.
+        """
+        from moezip.arch.experts import check_shapes
+        from moezip.arch.families import identify
+        from moezip.arch.ragged import make_ragged
+        from moezip.calibrate.experts import register as register_experts
+        from moezip.checkpoint.reader import Checkpoint
+
+        if not checkpoint_files:
+            raise CheckpointError(
+                "a checkpoint of moezip's format is loaded from its files", next="give from_pretrained a folder"
+            )
+        # a tensor that is missing would be filled with random numbers, with no more than a warning
+        with Checkpoint.open(Path(checkpoint_files[0]).parent) as checkpoint:
+            config = checkpoint.config
+            entry = identify(config, checkpoint.folder)
+            layout = Layout.of(config)
+            if layout is None or layout != Layout.of({"quantization_config": self.quantization_config.to_dict()}):
+                raise ArchitectureError(
+                    "the quantization_config in use is not the one beside the weights", where=checkpoint.folder,
+                    next="load the folder with the config.json that came with the weights",
+                )  # fmt: skip
+            check_shapes(checkpoint, entry)
+        make_ragged(model, entry, layout, wired=True)
+        if model.config._experts_implementation != "eager":
+            model.config._experts_implementation = register_experts()
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """Without those that stack experts; ``model`` is given from transformers 5.21 on."""
+
+        def stacks(conversion: Any) -> bool:
+            targets = [str(target).replace("\\", "") for target in conversion.target_patterns]
+            return any(target.endswith(("experts.gate_up_proj", "experts.down_proj")) for target in targets)
+
+        return [conversion for conversion in weight_conversions if not stacks(conversion)]
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        from moezip.arch.ragged import RaggedExperts
+
+        for name, module in model.named_modules():
+            if isinstance(module, RaggedExperts):
+                if any(parameter.is_meta for parameter in module.parameters()):
+                    raise ArchitectureError(
+                        "experts of a ragged checkpoint cannot be offloaded", where=name,
+                        next="choose a device_map that keeps every layer on a device, such as device_map=\"cpu\"",
+                    )  # fmt: skip
+                module.join()
+        return model
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def register() -> None:
+    """Makes the format known to transformers; again and again if need be."""
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, MoezipConfig)
+    auto.AUTO_QUANTIZER_MAPPING.setdefault(METHOD, MoezipQuantizer)
