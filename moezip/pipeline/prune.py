@@ -11,6 +11,7 @@ import numpy as np
 
 from moezip import __version__
 from moezip.arch.experts import decoded
+from moezip.arch.layout import require_uniform
 from moezip.arch.spec import LayerFacts
 from moezip.checkpoint.reader import Checkpoint
 from moezip.checkpoint.source import Source
@@ -77,6 +78,7 @@ def prepare_prune(checkpoint: str, job: PruneJob, common: Common) -> Prepared:
     if getattr(params, "labels", "data") not in ("data", "model"):
         raise UsageError(f"labels are data or model, not {params.labels!r}", where=f"--set labels={params.labels}")
     model = opened(checkpoint)
+    require_uniform(model.source.config, "compressing", model.source.folder)
     if method.unit == "neuron":
         _prepare_neurons(method, model, job, params)
         keep = model.facts[0].experts

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moezip.arch.families import identify
+from moezip.arch.layout import require_uniform
 from moezip.arch.spec import Claim, ExpertTensor, RouterTensor
 from moezip.checkpoint.source import Source, TensorSpec
 from moezip.errors import CheckpointError, PlanError
@@ -32,17 +33,23 @@ class View:
     slices: tuple[tuple[int, ...], ...] | None = None
 
 
+# What stands for the tripwire of a ragged checkpoint, which no source tensor is behind.
+TRIPWIRE = View("")
+
+
 class Applied:
     """``source`` through ``plan``; a Source like any other.
 
     Raises:
         PlanError: the plan does not fit the checkpoint, or keeps multi-token-prediction experts of a layout that
             the table of architectures does not describe.
+        ArchitectureError: the source is ragged itself.
     """
 
     def __init__(self, source: Source, plan: Plan):
         self._source, self.plan = source, plan
         self.architecture = identify(source.config, source.folder)
+        require_uniform(source.config, "compressing", source.folder)
         facts = self.architecture.layer_facts(source.config)
         plan.validate(facts, source.fingerprint, source.folder)
         self._width = facts[0].width
@@ -51,13 +58,15 @@ class Applied:
         self._same = {
             layer.layer: layer.whole and layer.kept == tuple(range(layer.experts)) for layer in plan.layers
         }
-        self._check_neurons()
+        self._layout = self._checked_layout(facts)
         self._views: dict[str, View] = {}
         self._specs: dict[str, TensorSpec] = {}
         for name in source.names():
             claim = self.architecture.claim(name, source.config)
             for target, view in self._seen(name, claim):
                 self._add(target, view)
+        if self._layout is not None:
+            self._add_tripwire(self._layout)
         self._config = self._edited_config()
 
     # -- names ----------------------------------------------------------------------------------------------
@@ -97,6 +106,8 @@ class Applied:
             return
         number = layer.kept.index(claim.expert)
         view, neurons = View(name), layer.picks[number].neurons
+        if neurons == ():  # an expert that outputs nothing has no tensors
+            return
         if neurons is not None:
             assert isinstance(claim.tensor, ExpertTensor)
             view = View(name, *inner_entries(claim.tensor, neurons, self._width))
@@ -111,23 +122,45 @@ class Applied:
         found = [inner_entries(claim.tensor, neurons, self._width) for neurons in kept]
         return View(name, layer.kept, found[0][1] + 1, tuple(entries for entries, _ in found))
 
-    def _check_neurons(self) -> None:
-        """Raises PlanError for neurons that cannot be taken out of this checkpoint."""
-        widths = {width for layer in self.plan.layers for width in layer.widths(self._width)}
-        if widths == {self._width}:
-            return
-        if self._source.config.get("quantization_config"):
+    def _checked_layout(self, facts: Sequence[LayerFacts]) -> Layout | None:
+        """The layout of a ragged output, None for a stock one.
+
+        Raises:
+            PlanError, ArchitectureError: neurons that cannot be taken out of this checkpoint, or a family whose
+                experts cannot differ.
+        """
+        plan, width = self.plan, self._width
+        whole = all(layer.whole for layer in plan.layers)
+        if not whole and self._source.config.get("quantization_config"):
             raise PlanError(
                 "the plan keeps some neurons of experts whose stored codes come in blocks",
                 where=self._source.folder,
                 next="prune whole experts of a quantized checkpoint, or start from its unquantized form",
             )
-        if len(widths) > 1:
+        if not plan.ragged(width):
+            return None
+        if self._source.config.get("quantization_config"):
             raise PlanError(
-                f"the plan keeps {min(widths)} to {max(widths)} neurons of an expert, which no stock loader reads",
+                "the plan keeps different numbers of experts in different layers of a quantized checkpoint",
                 where=self._source.folder,
-                next="keep the same number of every expert (--set uniform=true)",
+                next="keep the same number everywhere (--scope layer), or start from the unquantized form",
             )
+        if plan.mtp == "keep" and any(
+            self.architecture.claim(name, self._source.config).kind == "extra" for name in self._source.names()
+        ):
+            raise PlanError(
+                "multi-token-prediction layers cannot follow layers that differ", where=self._source.folder,
+                next="leave them out (--set mtp=drop)",
+            )  # fmt: skip
+        layout = Layout({layer.layer: layer.widths(width) for layer in plan.layers})
+        layout.facts(self.architecture, facts)
+        return layout
+
+    def _add_tripwire(self, layout: Layout) -> None:
+        name = tripwire(self.architecture, layout)
+        router = self.architecture.router[0].template.format(layer=min(layout.widths))
+        self._views[name] = TRIPWIRE
+        self._specs[name] = TensorSpec(name, TRIPWIRE_DTYPE, TRIPWIRE_SHAPE, self._source.spec(router).file)
 
     def _add(self, target: str, view: View) -> None:
         if target in self._views:
@@ -191,6 +224,8 @@ class Applied:
 
         spec, view = self.spec(name), self._views[name]
         self._require_rows(spec, rows)
+        if view is TRIPWIRE:
+            return torch.full(TRIPWIRE_SHAPE, TRIPWIRE_VALUE, dtype=torch.uint8)
         if view.entries is None:
             return self._source.read(view.origin, rows)
         if view.slices is not None:
@@ -209,7 +244,9 @@ class Applied:
     def chunks(self, name: str, rows: range | None = None) -> Iterator[memoryview]:
         spec, view = self.spec(name), self._views[name]
         self._require_rows(spec, rows)
-        if view.entries is None:
+        if view is TRIPWIRE:
+            yield memoryview(bytes([TRIPWIRE_VALUE]))
+        elif view.entries is None:
             yield from self._source.chunks(view.origin, rows)
         elif view.slices is not None:
             import torch
@@ -241,7 +278,9 @@ class Applied:
 
     def _edited_config(self) -> dict[str, Any]:
         config, entry = dict(self._source.config), self.architecture
-        if not self.plan.keeps_all:
+        if self._layout is not None:
+            config["quantization_config"] = self._layout.to_config()
+        elif not self.plan.keeps_all:
             count = len(self.plan.layers[0].picks)
             for key in entry.count_keys:
                 config[key] = count

@@ -8,6 +8,7 @@ from typing import Any
 
 from moezip.arch.experts import decoded
 from moezip.arch.families import identify
+from moezip.arch.layout import tripwire_of
 from moezip.arch.spec import LayerFacts
 from moezip.checkpoint.source import Source
 
@@ -53,12 +54,13 @@ def overview(source: Source) -> Overview:
     config = source.config
     entry = identify(config, source.folder)
     facts: list[LayerFacts] = entry.layer_facts(config)
-    stored = [source.spec(name) for name in source.names()]
+    trip = tripwire_of(entry, config)
+    stored = [source.spec(name) for name in source.names() if name != trip]
     kinds = {spec.name: entry.claim(spec.name, config).kind for spec in stored}
     plain = decoded(source)
     sizes: Counter[str] = Counter()
     layer_sizes: Counter[str] = Counter()
-    for spec in (plain.spec(name) for name in plain.names()):
+    for spec in (plain.spec(name) for name in plain.names() if name != trip):
         kind = entry.claim(spec.name, config).kind
         sizes["experts" if kind in ("expert", "fused") else kind] += spec.elements
         _, _, rest = spec.name.partition(f"{entry.layers}.")
