@@ -1,20 +1,20 @@
 """STUN, its first stage (arXiv 2409.06211): cluster experts that behave alike, keep one of each cluster.
 
-1. Similarity of two experts, the cosine of two columns with one entry per calibration token:
+1. Similarity s_ij of two experts.
 
-       s_ij = M_ij / sqrt(M_ii M_jj)
+   `--set similarity=coactivation` (the default): of the tokens that chose the rarer of the two, the share that chose
+   both, n_ij / min(n_i, n_j). So an expert that is used seldom, and then beside another, counts as covered by that
+   other. (Divided by the total, or by sqrt(n_i n_j), a rare expert resembles nobody and each one stays as a cluster of
+   its own: on the demo model, calibrated on one domain, that was as bad as drawing lots.)
+   `--set similarity=router`: the cosine of the two experts' router logits over all tokens, from their Gram matrix.
 
-   `--set similarity=coactivation` (the default): entry 1 where the token chose the expert, else 0. M_ij is then the
-   number of tokens that chose both and M_ii the number that chose i, so s_ij is the share of their tokens that the two
-   have in common (Ochiai's coefficient), between 0 and 1 however often either is used.
-   `--set similarity=router`: the entry is the router's raw logit, M the Gram matrix of the logits.
+2. Agglomerative clustering with complete linkage on the distance d_ij = sqrt(2 - 2 s_ij) until exactly as many clusters
+   are left as experts are to be kept; inside each router group where there are groups.
 
-2. Agglomerative clustering with complete linkage on the distance d_ij = sqrt(2 - 2 s_ij), which is the distance of the
-   two columns scaled to length 1, until exactly as many clusters are left as experts are to be kept; inside each router
-   group where there are groups.
-
-3. Of each cluster the expert nearest to the centroid stays, which is the one with the least mean d_ij^2 to the
-   cluster's members. In a cluster of two both are equally near; the one that serves more tokens stays.
+3. Of each cluster the expert with the least mean d_ij^2 to the cluster's members stays. With the cosine that is the one
+   nearest to the centroid of the experts' columns of logits, scaled to length 1; counts have no such columns, and the
+   same rule picks the most central expert. In a cluster of two both are equally near; the one that serves more tokens
+   stays.
 
 Experts that no token reached resemble nobody and would each be a cluster of their own: they are set aside and stay only
 if there are not enough others. Protected (super) experts are kept as the representatives of their clusters, and no
@@ -24,6 +24,9 @@ The authors cluster by the distance of the router's rows with co-activation adde
 number of experts over all layers together, and take the centroid of the experts' weights. Here one similarity is used
 at a time, every layer keeps the same number, and the centroid lies where the similarity does, so that recorded sums are
 enough and no weight is read. Their second stage, unstructured sparsity, is not part of it.
+
+Similarity says which experts can stand in for each other, not which matter: for one domain, frequency alone was better
+on the demo model.
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ from moezip.prune.params import PruneParams
 from moezip.registry import Method
 
 SIMILARITIES = {"coactivation": "coactivation", "router": "router_gram"}
-APART = 4.0  # farther than any two columns of length 1, whose distance is at most 2: such clusters are merged last
+APART = 4.0  # farther than any two experts, whose distance is at most 2: such clusters are merged last
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +68,17 @@ def records(params: StunParams) -> tuple[Record, ...]:
     return BY_NAME["counts"], BY_NAME[SIMILARITIES[params.similarity]]
 
 
-def square_distances(matrix: Array, members: Sequence[int]) -> Array:
-    """2 - 2 s_ij of these experts, float64 [n, n]; a column of zeros resembles none but itself.
+def square_distances(matrix: Array, members: Sequence[int], similarity_name: str) -> Array:
+    """2 - 2 s_ij of these experts, float64 [n, n]; an expert without tokens or logits resembles none but itself.
 
     Args:
-        matrix: M, inner products of the experts' columns, [E, E].
+        matrix: tokens that chose both, or the Gram matrix of the logits, [E, E].
+        similarity_name: ``coactivation`` or ``router``.
     """
     part = matrix[np.ix_(members, members)]
-    length = np.sqrt(np.diag(part))
-    products = np.outer(length, length)
-    similarity = np.divide(part, products, out=np.zeros_like(part), where=products > 0)
+    own = np.diag(part)
+    unit = np.minimum.outer(own, own) if similarity_name == "coactivation" else np.sqrt(np.outer(own, own))
+    similarity = np.divide(part, unit, out=np.zeros_like(part), where=unit > 0)
     squares = 2 - 2 * np.clip(similarity, -1, 1)
     squares = (squares + squares.T) / 2  # exact symmetry whatever order the products were summed in
     np.fill_diagonal(squares, 0)
@@ -107,7 +111,7 @@ def clusters(squares: Array, count: int, apart: Sequence[int] = ()) -> list[list
 
 
 def representative(cluster: Sequence[int], squares: Array, counts: Array) -> int:
-    """The member nearest to the centroid; of equals the one with more tokens, then the lower id."""
+    """The most central member; of equals the one with more tokens, then the lower id."""
     # |x_i - centroid|^2 = mean over members j of d_ij^2, less a constant of the cluster
     spread = squares[np.ix_(cluster, cluster)].mean(1)
     # 1e-9: distances that differ by rounding are equal
@@ -135,7 +139,7 @@ def choose(
         guarded = {expert for expert in protected if expert in inside}
         reached = [expert for expert in inside if counts[expert] > 0 or expert in guarded]
         idle = [expert for expert in inside if expert not in reached]
-        squares = square_distances(matrix, reached)
+        squares = square_distances(matrix, reached, params.similarity)
         apart = [place for place, expert in enumerate(reached) if expert in guarded]
         for cluster in clusters(squares, min(each, len(reached)), apart):
             firm = [place for place in cluster if place in apart]
