@@ -244,7 +244,9 @@ def prune(
     ratio: Annotated[float | None, typer.Option("--ratio", help="Share of the experts removed.")] = None,
     data: Data = None,
     stats: Annotated[Path | None, typer.Option("--stats", help="Saved statistics, in place of --data.")] = None,
-    scope: Annotated[str, typer.Option("--scope", help="layer: the same number of experts in every layer.")] = "layer",
+    scope: Annotated[
+        str, typer.Option("--scope", help="layer: as many experts in every layer. model: ranked over all layers.")
+    ] = "layer",
     settings: Set = None,
     tokens: Tokens = 65_536,
     seq_len: SeqLen = None,
@@ -266,11 +268,8 @@ def prune(
     from moezip.pipeline import PruneJob, prune_command
     from moezip.pipeline import dry_run as estimate
 
-    if scope != "layer":
-        raise UsageError(
-            f"--scope {scope} is not there yet", next="this version keeps the same number in every layer: --scope layer"
-        )
-    job = PruneJob(method, keep, ratio, settings_of(settings), domains_of(data, tokens) if data else (), stats)
+    texts = domains_of(data, tokens) if data else ()
+    job = PruneJob(method, keep, ratio, settings_of(settings), texts, stats, scope=scope)
     with console.watching(quiet) as watch:
         common = _common(
             watch, device=device, max_memory=max_memory, workdir=workdir, resume=resume, overwrite=overwrite,

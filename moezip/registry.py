@@ -32,6 +32,7 @@ class Method:
         schedule: ``global`` (observe all layers, then decide) or ``layerwise``.
         params: a frozen dataclass of the knobs that ``--set`` reaches; its docstring explains them.
         run: the method itself; for prune ``run(facts, stats, params) -> float64[E]``, higher is kept.
+        comparable: whether scores of different layers are on one scale, so that they may be ranked over the model.
         unit: what is scored and removed: whole experts, or ``neuron``s inside them (then ``run`` gives [E, F]).
         weights: names of data-free statistics that are computed from the weights alone.
         records: where the sums depend on the settings: ``records(params)`` gives the
@@ -51,6 +52,7 @@ class Method:
     params: type = NoParams
     schedule: Literal["global", "layerwise"] = "global"
     unit: Literal["expert", "neuron"] = "expert"
+    comparable: bool = False
     weights: tuple[str, ...] = ()
     records: Callable[[Any], tuple[Any, ...]] | None = None
     choose: Callable[..., list[int]] | None = None

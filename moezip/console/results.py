@@ -81,11 +81,17 @@ def show_estimate(result: Estimate, as_json: bool) -> None:
             "calibration": f"{result.tokens:,} tokens" if result.tokens else "none",
             "time": f"about {console.duration(result.seconds)} ({result.assumes})",
             "memory": f"about {console.size(result.memory_bytes)}",
-            "disk": "the output" + (f" and, while it runs, {console.size(result.disk_bytes)}" if result.disk_bytes else ""),
+            "disk": "the output"
+            + (f" and, while it runs, {console.size(result.disk_bytes)}" if result.disk_bytes else ""),
         },
     )
     if result.kept:
         console.table("kept", ("layer", "experts"), [(k, " ".join(map(str, v))) for k, v in result.kept.items()])
+
+
+def _span(counts: Sequence[int]) -> str:
+    """``16``, or ``12 to 20`` where layers differ."""
+    return str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
 
 
 def show_outcome(outcome: Outcome, out: Path, as_json: bool, quiet: bool) -> None:
@@ -105,7 +111,7 @@ def show_outcome(outcome: Outcome, out: Path, as_json: bool, quiet: bool) -> Non
     console.pairs(
         str(out),
         {
-            "experts": f"{report.experts_after[0]} of {report.experts_before[0]} "
+            "experts": f"{_span(report.experts_after)} of {_span(report.experts_before)} "
             f"in each of {len(report.experts_after)} layers",
             "size": f"{console.size(report.bytes_before)} to {console.size(report.bytes_after)} "
             f"({report.bytes_after / report.bytes_before:.0%}), {report.bits_per_weight:.2f} bits per weight",
@@ -117,7 +123,9 @@ def show_outcome(outcome: Outcome, out: Path, as_json: bool, quiet: bool) -> Non
             + ", ".join(f"{name} {console.duration(seconds)}" for name, seconds in report.stages.items())
             + ")",
             "peak memory": console.size(report.peak_rss_bytes),
-            "read by": "transformers, vLLM and whatever reads the source",
+            "read by": "transformers, vLLM and whatever reads the source"
+            if report.stock
+            else "moezip.load, or transformers after `import moezip`",
         },
     )
     for note in report.notes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,30 +90,40 @@ def write_checkpoint(
 def card(applied: Applied) -> str:
     """The model card: what was done and how to load it. The source's own card follows, if it has one."""
     plan = applied.plan
-    before, after = plan.layers[0].experts, len(plan.layers[0].picks)
+    width = applied.architecture.layer_facts(applied.source_config)[0].width
+    counts = [len(layer.picks) for layer in plan.layers]
+    widths = [each for layer in plan.layers for each in layer.widths(width)]
+    kept = f"{_span(counts)} of {plan.layers[0].experts} routed experts in each of {len(plan.layers)} MoE layers"
+    if not all(layer.whole for layer in plan.layers):
+        kept += f", {_span(widths)} of {width} neurons in an expert"
     method = plan.made_by.get("method", "a saved plan")
     original = applied.folder / CARD
     front, body = _front_matter(original.read_text(encoding="utf-8") if original.is_file() else "")
+    ragged = plan.ragged(width)
     lines = [
         "---",
         *front,
         "---",
-        f"# {applied.architecture.name}, {after} of {before} experts per layer",
+        f"# {applied.architecture.name}, pruned",
         "",
-        f"Made by moezip {__version__}: method `{method}`, {after} of {before} routed experts kept in each of "
-        f"{len(plan.layers)} MoE layers. The kept experts, their scores and the data they were chosen with are in "
-        "`moezip/plan.json`; sizes and timings in `moezip/report.json`.",
+        f"Made by moezip {__version__}, method `{method}`: {kept} are left. What was kept, the scores and the data it "
+        "was chosen with are in `moezip/plan.json`; sizes and timings in `moezip/report.json`.",
         "",
-        "It is a stock checkpoint:",
+        "Its layers or experts differ in size, so it loads with moezip installed:" if ragged else "A stock checkpoint:",
         "",
         "```python",
+        *(["import moezip"] if ragged else []),
         "from transformers import AutoModelForCausalLM",
-        "model = AutoModelForCausalLM.from_pretrained(\"path/to/this/folder\")",
+        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
         "```",
     ]
     if body.strip():
         lines += ["", "## The card of the source model", "", body.strip()]
     return "\n".join(lines) + "\n"
+
+
+def _span(counts: Sequence[int]) -> str:
+    return str(counts[0]) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
 
 
 def _front_matter(text: str) -> tuple[list[str], str]:

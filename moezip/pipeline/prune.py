@@ -22,7 +22,7 @@ from moezip.pipeline.common import Clock, Common, Opened, opened, refuse_file, r
 from moezip.plan.apply import Applied
 from moezip.plan.neurons import neuron_plans
 from moezip.plan.plan import LayerPlan, Plan, require_keepable
-from moezip.plan.price import predicted_nats, priced
+from moezip.plan.price import expert_prices, predicted_nats, priced
 from moezip.registry import Method, lookup, parse_params
 from moezip.report.report import Report, peak_rss_bytes
 
@@ -43,6 +43,7 @@ class PruneJob:
         settings: ``--set`` texts.
         texts: calibration text by domain, if the method needs it. stats: saved statistics instead.
         weights: how much each domain counts, by name.
+        scope: ``layer`` (the same number of experts in every layer) or ``model`` (ranked over all layers).
     """
 
     method: str
@@ -52,6 +53,7 @@ class PruneJob:
     texts: Sequence[DomainText] = ()
     stats: Path | None = None
     weights: Mapping[str, float] = field(default_factory=dict)
+    scope: str = "layer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,7 @@ def prepare_prune(checkpoint: str, job: PruneJob, common: Common) -> Prepared:
         raise UsageError(f"labels are data or model, not {params.labels!r}", where=f"--set labels={params.labels}")
     model = opened(checkpoint)
     require_uniform(model.source.config, "compressing", model.source.folder)
+    _check_scope(method, model, job)
     if method.unit == "neuron":
         _prepare_neurons(method, model, job, params)
         keep = model.facts[0].experts
@@ -90,6 +93,31 @@ def prepare_prune(checkpoint: str, job: PruneJob, common: Common) -> Prepared:
         raise UsageError("both --data and --stats are given", next="statistics are either saved or taken anew")
     require_files(job.texts)
     return Prepared(model, method, params, keep)
+
+
+def _check_scope(method: Method, model: Opened, job: PruneJob) -> None:
+    """Raises for a ranking over layers that the method or the checkpoint cannot have."""
+    if job.scope not in ("layer", "model"):
+        raise UsageError(f"--scope is layer or model, not {job.scope!r}", where=f"--scope {job.scope}")
+    if job.scope == "layer":
+        return
+    if not method.comparable:
+        raise UsageError(
+            f"scores of {method.name} mean different things in different layers", where="--scope model",
+            next="rank over the model with --method nats, whose prices are nats per token everywhere",
+        )  # fmt: skip
+    if method.unit == "expert":
+        _require_raggable(model, "different numbers of experts in its layers")
+
+
+def _require_raggable(model: Opened, what: str) -> None:
+    """Raises UsageError if the checkpoint cannot have layers or experts that differ."""
+    if model.source.config.get("quantization_config"):
+        raise UsageError(f"a quantized checkpoint cannot have {what} yet", where=model.source.folder,
+                         next="keep the same number everywhere, or start from the unquantized form")  # fmt: skip
+    if any(tensor.fused for tensor in model.architecture.experts):
+        raise UsageError(f"{model.architecture.name} has one tensor for all experts of a layer and cannot have {what}",
+                         where=model.source.folder, next="keep the same number everywhere")  # fmt: skip
 
 
 def _prepare_neurons(method: Method, model: Opened, job: PruneJob, params: Any) -> None:
@@ -106,6 +134,8 @@ def _prepare_neurons(method: Method, model: Opened, job: PruneJob, params: Any) 
         )  # fmt: skip
     if params.uniform:
         model.architecture.with_width(model.source.config, model.facts[0].width)
+    else:
+        _require_raggable(model, "experts of different widths (try --set uniform=true)")
     neuron_layers(model, {f.layer: np.zeros((f.experts, f.width)) for f in model.facts}, job.ratio, params, {})
 
 
@@ -161,7 +191,11 @@ def make_plan(prepared: Prepared, job: PruneJob, stats: Statistics | None, commo
         layers = neuron_layers(model, scores, job.ratio, prepared.params, protected)
     else:
         choice = None if stats is None else _choice(prepared, stats, job.weights)
-        layers = layer_plans(model.facts, scores, prepared.keep, protected, choice)
+        keep: int | dict[int, int] = prepared.keep
+        if job.scope == "model":
+            assert stats is not None  # only methods that read text have comparable scores
+            keep = _counts_over_layers(prepared, job, stats, protected)
+        layers = layer_plans(model.facts, scores, keep, protected, choice)
     made_by: dict[str, Any] = {
         "version": __version__,
         "method": method.name,
@@ -179,6 +213,21 @@ def make_plan(prepared: Prepared, job: PruneJob, stats: Statistics | None, commo
     if stats is not None and priced(stats):
         made_by["predicted_nats"] = predicted_nats(plan, stats.domains, job.weights)
     return plan
+
+
+def _counts_over_layers(
+    prepared: Prepared, job: PruneJob, stats: Statistics, protected: Mapping[int, Sequence[int]]
+) -> dict[int, int]:
+    """Experts that each layer keeps, by prices in nats of all domains; as many in all as --scope layer would keep."""
+    from moezip.plan.allocate import kept_count, model_counts
+
+    facts = prepared.model.facts
+    shares = np.array([job.weights.get(domain.name, 1.0) for domain in stats.domains])
+    each = [expert_prices(domain) for domain in stats.domains]
+    prices = {fact.layer: np.average([p[fact.layer] for p in each], axis=0, weights=shares) for fact in facts}
+    everything = sum(fact.experts for fact in facts)
+    total = kept_count(everything, None if job.keep is None else job.keep * len(facts), job.ratio)
+    return model_counts(facts, prices, total, protected)
 
 
 def passing(prepared: Prepared) -> dict[str, Any]:
@@ -368,7 +417,7 @@ def _report(
     plan = applied.plan
     after = tensor_bytes(applied)
     notes = list(more)
-    if applied.config.get("quantization_config"):
+    if source.config.get("quantization_config"):
         notes.append("the stored quantization was kept: codes and scales of the kept experts are the source's bytes")
     if plan.mtp == "drop" and any(
         applied.architecture.claim(name, source.config).kind == "extra" for name in source.names()
@@ -401,6 +450,7 @@ def _report(
         statistics={} if stats is None else {domain.name: domain.tokens for domain in stats.domains},
         protected={str(layer.layer): list(layer.protected) for layer in plan.layers if layer.protected},
         unrouted={} if stats is None else unrouted(stats),
+        stock=not plan.ragged(width),
         notes=notes,
     )
 

@@ -131,21 +131,64 @@ def chosen(fact: LayerFacts, choice: Choice, keep: int, protected: Sequence[int]
     return kept
 
 
+def model_counts(
+    facts: Sequence[LayerFacts], prices: Mapping[int, Array], total: int, protected: Mapping[int, Sequence[int]]
+) -> dict[int, int]:
+    """How many experts each layer keeps if the ``total`` dearest of the whole model stay.
+
+    Every layer keeps what its router cannot do without (top-k, and its share of every group) and its protected
+    experts; the rest of the budget goes to the dearest, one from every group at a time where there are groups.
+
+    Args:
+        prices: per layer, [E], on one scale for all layers (nats per token).
+        total: experts kept in all layers together.
+
+    Raises:
+        PlanError: a total below what the routers need, or above what there is.
+    """
+    least, values, places = {}, [], []
+    for fact in facts:
+        size = fact.experts // fact.groups
+        guarded = set(protected.get(fact.layer, ()))
+        most = max((sum(e // size == g for e in guarded) for g in range(fact.groups)), default=0)
+        need = max(-(-fact.top_k // fact.top_groups), fact.group_rank) if fact.groups > 1 else fact.top_k
+        least[fact.layer] = max(need, most) * fact.groups
+        # the j-th dearest of every group, together
+        grouped = -np.sort(-prices[fact.layer].reshape(fact.groups, size), axis=1)
+        for lot in range(least[fact.layer] // fact.groups, size):
+            values.append(float(grouped[:, lot].sum()))
+            places.append(fact)
+    there = sum(fact.experts for fact in facts)
+    if not sum(least.values()) <= total <= there:
+        raise PlanError(
+            f"cannot keep {total} experts in all: the routers need {sum(least.values())}, there are {there}",
+            next=f"keep between {sum(least.values())} and {there}",
+        )
+    counts, left = dict(least), total - sum(least.values())
+    for index in np.argsort(-np.array(values), kind="stable"):
+        fact = places[int(index)]
+        if fact.groups <= left:
+            counts[fact.layer] += fact.groups
+            left -= fact.groups
+    return counts
+
+
 def layer_plans(
     facts: Sequence[LayerFacts],
     scores: Mapping[int, Array],
-    keep: int,
+    keep: int | Mapping[int, int],
     protected: Mapping[int, Sequence[int]],
     choice: Choice | None = None,
 ) -> tuple[LayerPlan, ...]:
-    """The same number of experts in every layer, ranked inside the layer, or chosen where the method chooses."""
+    """``keep`` experts of every layer (or so many of each), ranked inside it, or chosen where the method chooses."""
     layers = []
     for fact in facts:
         guarded = tuple(protected.get(fact.layer, ()))
+        count = keep if isinstance(keep, int) else keep[fact.layer]
         if choice is None:
-            kept = rank(fact, scores[fact.layer], keep, guarded)
+            kept = rank(fact, scores[fact.layer], count, guarded)
         else:
-            kept = chosen(fact, choice, keep, guarded)
+            kept = chosen(fact, choice, count, guarded)
         shown = tuple(float(value) for value in scores[fact.layer])
         layers.append(LayerPlan(fact.layer, fact.experts, tuple(map(Pick.keep, kept)), shown, guarded))
     return tuple(layers)

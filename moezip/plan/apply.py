@@ -9,8 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moezip.arch.families import identify
-from moezip.arch.layout import require_uniform
-from moezip.arch.spec import Claim, ExpertTensor, RouterTensor
+from moezip.arch.layout import (
+    TRIPWIRE_DTYPE,
+    TRIPWIRE_SHAPE,
+    TRIPWIRE_VALUE,
+    Layout,
+    require_uniform,
+    tripwire,
+)
+from moezip.arch.spec import Claim, ExpertTensor, LayerFacts, RouterTensor
 from moezip.checkpoint.source import Source, TensorSpec
 from moezip.errors import CheckpointError, PlanError
 from moezip.plan.plan import LayerPlan, Plan
@@ -195,6 +202,11 @@ class Applied:
     def config(self) -> dict[str, Any]:
         """The source's config with the counts edited; the very same where nothing changes."""
         return self._config
+
+    @property
+    def source_config(self) -> dict[str, Any]:
+        """The config of what the plan is applied to."""
+        return self._source.config
 
     @property
     def fingerprint(self) -> str:

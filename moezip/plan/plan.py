@@ -118,6 +118,14 @@ class Plan:
         layers = tuple(LayerPlan(f.layer, f.experts, tuple(map(Pick.keep, range(f.experts)))) for f in facts)
         return cls(source, architecture, layers, mtp="keep")
 
+    def ragged(self, width: int) -> bool:
+        """Whether layers keep different numbers of experts, or experts different numbers of their ``width`` neurons.
+
+        Such a plan makes a checkpoint in moezip's own format, others a stock one.
+        """
+        widths = {each for layer in self.layers for each in layer.widths(width)}
+        return len({len(layer.picks) for layer in self.layers}) > 1 or len(widths) > 1 or widths == {0}
+
     @property
     def keeps_all(self) -> bool:
         """Whether every layer keeps every expert whole and in place."""
@@ -149,12 +157,6 @@ class Plan:
                 require_neurons(pick, fact, where)
             require_keepable(fact, len(kept))
             require_groups(fact, kept, where)
-        if len({len(layer.picks) for layer in self.layers}) > 1:
-            raise PlanError(
-                "the plan keeps different numbers of experts in different layers, which no stock loader reads",
-                where=where,
-                next="keep the same number everywhere",
-            )
         if self.mtp not in ("drop", "keep"):
             raise PlanError(f"mtp is {self.mtp!r}, it must be drop or keep", where=where)
 

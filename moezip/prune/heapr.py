@@ -64,6 +64,7 @@ HEAPR = Method(
     name="heapr",
     family="prune",
     unit="neuron",
+    comparable=True,
     summary="neurons inside experts, by second-order importance over the whole model",
     paper="HEAPr, arXiv 2509.22299",
     needs=("routed", "inner_square", "inner_grad_square", "inner_product_square"),

@@ -51,5 +51,6 @@ NATS = Method(
     paper="second-order price (Fisher), no paper",
     needs=("drop_renormalised_square",),
     params=NatsParams,
+    comparable=True,
     run=score,
 )

@@ -23,6 +23,7 @@ class Report:
         method, settings, source, statistics: provenance.
         protected: per layer, the super experts that the guard kept.
         unrouted: per layer, how many experts no calibration token reached.
+        stock: loads in stock transformers; else in moezip's own format.
         notes: what the user should know about the output.
     """
 
@@ -43,6 +44,7 @@ class Report:
     statistics: Mapping[str, Any] = field(default_factory=dict)
     protected: Mapping[str, list[int]] = field(default_factory=dict)
     unrouted: Mapping[str, int] = field(default_factory=dict)
+    stock: bool = True
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> str:
