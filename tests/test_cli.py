@@ -14,6 +14,7 @@ from tests.command import Cli, files_of, model_files, process, tree, write_text
 
 COMMANDS = (
     "inspect", "methods", "architectures", "verify", "calibrate", "prune", "apply", "evaluate", "run", "demo",
+    "tasks",
 )  # fmt: skip
 TOKENS = 512
 Tiny = Callable[..., Path]

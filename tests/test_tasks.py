@@ -266,6 +266,7 @@ def test_the_command_line(work: Work, cli: Cli, tmp_path: Path) -> None:
         (("--task", "red=RED"), "one task alone"),
         (("--task", "red"), "NAME=DATA"),
         (("--task", "red=RED", "--task", "blue=BLUE", "--method", "random"), "reads no text"),
+        (("--task", "red=RED", "--task", "blue=BLUE", "--method", "heapr"), "tasks keep whole experts"),
         (("--task", "red=RED", "--task", "blue=BLUE", "--method", "tces"), "did you mean 'tcess'"),
         (("--task", "red=RED", "--task", "blue=gone.txt"), "no such data file"),
         (("--task", "red=RED", "--task", "blue=BLUE", "--keep", "4", "--ratio", "0.5"), "either --keep"),
@@ -409,9 +410,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Patterns:
 
 
 def test_held_out_prompts_find_their_own_task(trained: Patterns) -> None:
-    """20 prompts of each domain, 78 of 80 right when this was written. By chance it would be 20. Nine in ten leaves room
-    for other rounding on other processors; the misses are of factbook, whose tables and sentences differ as much as
-    some domains do."""
+    """20 prompts of each domain, 78 of 80 right when this was written; by chance it would be 20. Nine in ten leaves
+    room for other rounding on other processors; the misses are of factbook, whose tables and sentences differ as much
+    as some domains do."""
     from moezip.calibrate.data import token_stream, tokenizer_of, windows
 
     source = Checkpoint.open(demo.checkpoint())

@@ -86,8 +86,10 @@ def build_tasks_command(checkpoint: str, out: Path, job: TasksJob, common: Commo
             where=f"--method {job.method}", next="name a method that ranks experts, such as tcess or easy-ep",
         )  # fmt: skip
     if len({fact.experts for fact in prepared.model.facts}) > 1:
-        raise UsageError("the checkpoint's layers have different numbers of experts", where=prepared.model.source.folder,
-                         next="build the tasks of the checkpoint that it was made from")  # fmt: skip
+        raise UsageError(
+            "the checkpoint's layers have different numbers of experts", where=prepared.model.source.folder,
+            next="build the tasks of the checkpoint that it was made from",
+        )  # fmt: skip
     workdir = common.workdir or work_folder(out)
     with resumable(workdir):
         stats = run_calibration(prepared.model, job.texts, common, workdir=workdir, **passing(prepared))
