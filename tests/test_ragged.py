@@ -276,6 +276,19 @@ def test_generates_and_saves_the_same_bytes(name: str, tiny: Tiny, tmp_path: Pat
     assert torch.equal(again.generate(prompt, max_new_tokens=4, do_sample=False, pad_token_id=0), tokens)
 
 
+@families
+def test_a_dtype_reaches_every_tensor(name: str, tiny: Tiny, tmp_path: Path) -> None:
+    folder = tiny(name)  # float32
+    path = ragged(folder, tmp_path / "ragged", kept_of(Checkpoint.open(folder)))
+    wanted = {name: tensor.dtype for name, tensor in load(folder, dtype=torch.bfloat16).state_dict().items()}
+    assert torch.bfloat16 in wanted.values()
+    for key, tensor in moezip.load(path, dtype=torch.bfloat16).state_dict().items():
+        if ".experts." not in key:
+            assert tensor.dtype == wanted[key], key
+        elif tensor.is_floating_point():
+            assert tensor.dtype == torch.bfloat16, key
+
+
 def test_gate_and_up_lie_together_and_stay_so(tiny: Tiny, tmp_path: Path) -> None:
     folder = tiny("qwen3_moe")
     model = moezip.load(ragged(folder, tmp_path / "ragged", kept_of(Checkpoint.open(folder))))

@@ -33,6 +33,19 @@ class Fill:
     tensor: ExpertTensor | None = None
 
 
+def target_dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The dtype that each parameter and persistent buffer of a model loaded as ``dtype`` has.
+
+    Some families keep routers or biases in fp32 whatever the model's dtype.
+    """
+    plan = model._get_dtype_plan(dtype)
+    patterns = [(re.compile(re.escape(key).replace(r"\*", ".*")), value) for key, value in plan.items()]
+    return {
+        name: next((value for pattern, value in patterns if pattern.search(name)), tensor.dtype)
+        for name, tensor in model.state_dict().items()
+    }
+
+
 class Skeleton:
     """The model of ``source`` on the meta device, loadable and freeable part by part.
 
@@ -79,7 +92,7 @@ class Skeleton:
         self.model.requires_grad_(False)
         self.layers: nn.ModuleList = self.model.get_submodule(self.architecture.layers)
         self._meta: dict[str, torch.Tensor] = dict(self.model.state_dict())
-        self._dtypes = self._target_dtypes()
+        self._dtypes = target_dtypes(self.model, self.dtype)
         self.fills: dict[str, list[Fill]] = {}
         self.strangers: list[str] = []
         self._map_names()
@@ -96,15 +109,6 @@ class Skeleton:
         return layout
 
     # -- names ----------------------------------------------------------------------------------------------
-
-    def _target_dtypes(self) -> dict[str, torch.dtype]:
-        """The dtype of every target; some families keep routers or biases in fp32 whatever the model's dtype."""
-        plan = self.model._get_dtype_plan(self.dtype)
-        patterns = [(re.compile(re.escape(key).replace(r"\*", ".*")), value) for key, value in plan.items()]
-        return {
-            name: next((value for pattern, value in patterns if pattern.search(name)), tensor.dtype)
-            for name, tensor in self._meta.items()
-        }
 
     def _map_names(self) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping

@@ -7,7 +7,7 @@ read, which is all that ragged checkpoints need. Imported by ``moezip.runtime.ho
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
@@ -15,6 +15,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moezip.arch.layout import METHOD, Layout
 from moezip.errors import ArchitectureError, CheckpointError
+
+if TYPE_CHECKING:
+    import torch
 
 
 class MoezipConfig(QuantizationConfigMixin):
@@ -28,6 +31,12 @@ class MoezipQuantizer(HfQuantizer):
     """Loads ragged checkpoints: replaces experts modules and sizes routers, checks the files first."""
 
     requires_calibration = True  # it reads checkpoints and makes none
+    _dtype: torch.dtype
+    _dtypes: dict[str, torch.dtype]
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        self._dtype = dtype
+        return dtype
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
@@ -40,6 +49,7 @@ class MoezipQuantizer(HfQuantizer):
         from moezip.arch.experts import check_shapes
         from moezip.arch.families import identify
         from moezip.arch.ragged import make_ragged
+        from moezip.arch.skeleton import target_dtypes
         from moezip.calibrate.experts import register as register_experts
         from moezip.checkpoint.reader import Checkpoint
 
@@ -59,6 +69,7 @@ class MoezipQuantizer(HfQuantizer):
                 )  # fmt: skip
             check_shapes(checkpoint, entry)
         make_ragged(model, entry, layout, wired=True)
+        self._dtypes = target_dtypes(model, self._dtype)
         if model.config._experts_implementation != "eager":
             model.config._experts_implementation = register_experts()
 
@@ -74,6 +85,11 @@ class MoezipQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         from moezip.arch.ragged import RaggedExperts
 
+        # up to 5.20 transformers leaves what a quantizer loads under another name in the dtype of the file
+        for name, tensor in model.state_dict().items():
+            if tensor.dtype != self._dtypes.get(name, tensor.dtype):
+                owner = model.get_parameter_or_buffer(name)
+                owner.data = owner.data.to(self._dtypes[name])
         for name, module in model.named_modules():
             if isinstance(module, RaggedExperts):
                 if any(parameter.is_meta for parameter in module.parameters()):
