@@ -317,7 +317,6 @@ def test_files_that_are_no_plan(tmp_path: Path) -> None:
         (plan_of([0, 1], [3, 3]), r"layer 1: the plan keeps an expert twice: \[3, 3\]"),
         (plan_of([0, 1], [2]), "cannot keep 1 experts: the router sends every token to 2"),
         (plan_of([0, 1], []), "cannot keep 0 of 8"),
-        (plan_of([0, 1], [0, 1, 2]), "different numbers of experts in different layers, which no stock loader reads"),
         (plan_of([0, 1], [0, 1], mtp="maybe"), "mtp is 'maybe'"),
         (replace(plan_of([0, 1], [0, 1]), layers=(plan_of([0, 1]).layers[0], MERGED)), "mixes experts 0, 7 into one"),
     ],

@@ -72,6 +72,7 @@ def prepare_prune(checkpoint: str, job: PruneJob, common: Common) -> Prepared:
     from moezip.prune import METHODS
 
     method = lookup(job.method, {entry.name: entry for entry in METHODS}, "pruning method")
+    _check_scope(method, job)
     params = parse_params(method, job.settings)
     if params.mtp not in ("drop", "keep"):
         raise UsageError(f"mtp is drop or keep, not {params.mtp!r}", where=f"--set mtp={params.mtp}")
@@ -81,7 +82,8 @@ def prepare_prune(checkpoint: str, job: PruneJob, common: Common) -> Prepared:
         raise UsageError(f"labels are data or model, not {params.labels!r}", where=f"--set labels={params.labels}")
     model = opened(checkpoint)
     require_uniform(model.source.config, "compressing", model.source.folder)
-    _check_scope(method, model, job)
+    if job.scope == "model" and method.unit == "expert":
+        _require_raggable(model, "different numbers of experts in its layers")
     if method.unit == "neuron":
         _prepare_neurons(method, model, job, params)
         keep = model.facts[0].experts
@@ -95,19 +97,15 @@ def prepare_prune(checkpoint: str, job: PruneJob, common: Common) -> Prepared:
     return Prepared(model, method, params, keep)
 
 
-def _check_scope(method: Method, model: Opened, job: PruneJob) -> None:
-    """Raises for a ranking over layers that the method or the checkpoint cannot have."""
+def _check_scope(method: Method, job: PruneJob) -> None:
+    """Raises UsageError for a ranking over layers that the method cannot have."""
     if job.scope not in ("layer", "model"):
         raise UsageError(f"--scope is layer or model, not {job.scope!r}", where=f"--scope {job.scope}")
-    if job.scope == "layer":
-        return
-    if not method.comparable:
+    if job.scope == "model" and not method.comparable:
         raise UsageError(
             f"scores of {method.name} mean different things in different layers", where="--scope model",
             next="rank over the model with --method nats, whose prices are nats per token everywhere",
         )  # fmt: skip
-    if method.unit == "expert":
-        _require_raggable(model, "different numbers of experts in its layers")
 
 
 def _require_raggable(model: Opened, what: str) -> None:
