@@ -11,7 +11,7 @@ ARGS ?=
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test lint types docs bench clean
+.PHONY: help demo test compat lint types docs bench clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -30,6 +30,14 @@ demo: .venv/installed
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -q -n $(WORKERS) $(ARGS)
+
+# What depends most on the insides of transformers, on every release that it should work with. Each is laid over .venv.
+TRANSFORMERS ?= 5.19.0 5.20.0 5.23.0
+compat: .venv/installed
+	for version in $(TRANSFORMERS); do \
+	  $(PY) -m pip install -q --no-deps --upgrade --target .compat/$$version transformers==$$version && \
+	  PYTHONPATH=.compat/$$version OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) tests/test_ragged.py $(ARGS) || exit 1; \
+	done
 
 lint: .venv/installed
 	$(PY) -m ruff check .
@@ -52,4 +60,4 @@ bench: .venv/installed
 	$(PY) benchmarks/quality.py demo --calib $(DEMO_DATA)/calib/python.jsonl --heldout $(DEMO_DATA)/heldout
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build dist
+	rm -rf .venv .compat .pytest_cache .mypy_cache .ruff_cache build dist

@@ -325,6 +325,17 @@ def test_stacked_implementations_are_refused(tiny: Tiny, tmp_path: Path) -> None
         model(plain_rows(1, 4).ids)
 
 
+def test_offloaded_experts_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny("qwen3_moe")
+    path = ragged(folder, tmp_path / "ragged", kept_of(Checkpoint.open(folder)))
+    places = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    layers = {f"model.layers.{layer}": "disk" if layer == 1 else "cpu" for layer in range(3)}
+    with pytest.raises(ArchitectureError, match="offloaded"):
+        AutoModelForCausalLM.from_pretrained(path, device_map=places | layers, offload_folder=tmp_path / "off")
+
+
 # -- without moezip, and with damage ------------------------------------------------------------------------
 
 
