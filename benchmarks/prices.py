@@ -1,0 +1,106 @@
+"""What removing a share of the experts' weights costs, predicted and measured, by method and share.
+
+    python benchmarks/prices.py CKPT --calib calib/python.jsonl --heldout heldout
+
+One streamed forward and backward pass over the calibration text; every plan is made from its statistics and measured as
+a view, so that no checkpoint is written. At one ratio all plans remove the same number of expert weights (neurons or
+whole experts), so their checkpoints have the same size but for the routers' rows. Prints, per plan, the predicted rise
+of the loss on the calibration domain beside the measured one on held-out text of that domain, the mean rise over all
+held-out texts, and Spearman's rank correlation of predicted and measured. Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import measure
+
+PLANS: tuple[tuple[str, str, dict[str, str], str], ...] = (
+    ("heapr, over the model", "heapr", {}, "layer"),
+    ("heapr, per layer", "heapr", {"rank": "layer"}, "layer"),
+    ("heapr, one width", "heapr", {"uniform": "true"}, "layer"),
+    ("heapr exact, over the model", "heapr", {"fisher": "exact"}, "layer"),
+    ("nats, over the model", "nats", {}, "model"),
+    ("nats, per layer", "nats", {}, "layer"),
+    ("easy-ep", "easy-ep", {}, "layer"),
+    ("reap", "reap", {}, "layer"),
+    ("tcess fixed", "tcess", {}, "layer"),
+    ("tcess as coded", "tcess", {"form": "coded", "top": "1"}, "layer"),
+    ("random", "random", {}, "layer"),
+)
+
+
+def losses(source: Any, texts: list[Path], given: argparse.Namespace) -> dict[str, float]:
+    from moezip.evaluate.loss import evaluate
+
+    found = evaluate(source, data=texts, tokens=given.windows * given.seq_len, seq_len=given.seq_len)
+    return {name: loss.nll for name, loss in found.by_file.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="a folder, or the word demo")
+    parser.add_argument("--calib", type=Path, required=True, help="calibration text of one domain")
+    parser.add_argument("--heldout", type=Path, required=True, help="folder of text to measure on")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.4, 0.6])
+    parser.add_argument("--tokens", type=int, default=32_768, help="calibration tokens")
+    parser.add_argument("--windows", type=int, default=16, help="windows measured per text")
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--labels", choices=("data", "model"), default="data")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all values there")
+    given = parser.parse_args()
+
+    from scipy.stats import spearmanr
+
+    from moezip.calibrate.data import domains_of, text_files
+    from moezip.pipeline import Common, PruneJob, make_plan, opened, prepare_prune, run_calibration
+    from moezip.plan.apply import Applied
+    from moezip.prune import METHODS
+
+    texts, domain = text_files(given.heldout), given.calib.stem
+    model, common = opened(given.checkpoint), Common(seq_len=given.seq_len)
+    own = {method.name: method for method in METHODS}["tcess"].records
+    assert own is not None
+    prepared = [
+        prepare_prune(given.checkpoint, PruneJob("tcess", ratio=0.2, settings=settings), common).params
+        for _, method, settings, _ in PLANS
+        if method == "tcess"
+    ]
+    record = ["gradients", *(entry.name for params in prepared for entry in own(params))]
+    begun = time.perf_counter()
+    with tempfile.TemporaryDirectory() as work:
+        stats = run_calibration(
+            model, domains_of([given.calib], given.tokens), common, record=record, workdir=Path(work) / "w",
+            labels=given.labels,
+        )  # fmt: skip
+    seconds = time.perf_counter() - begun
+    dense = losses(model.source, texts, given)
+    average = sum(dense.values()) / len(dense)
+    print(f"{stats.tokens:,} tokens of {domain}, labels {given.labels}; forward and backward in {seconds:.1f} s; dense "
+          f"{dense[domain]:.4f} on {domain}, {average:.4f} on average\n")  # fmt: skip
+    rows, values = [], []
+    for ratio in given.ratios:
+        for label, method, settings, scope in PLANS:
+            job = PruneJob(method, ratio=ratio, settings=settings, scope=scope)
+            plan = make_plan(prepare_prune(given.checkpoint, job, common), job, stats, common)
+            found = losses(Applied(model.source, plan), texts, given)
+            predicted = plan.made_by["predicted_nats"]
+            rise = found[domain] - dense[domain]
+            everywhere = sum(found.values()) / len(found) - average
+            measure.say(f"{ratio:.0%} {label}")
+            rows.append((f"{ratio:.0%}", label, f"{predicted:.4f}", f"{rise:+.4f}", f"{everywhere:+.4f}"))
+            values.append({"ratio": ratio, "plan": label, "predicted": predicted, "measured": rise, "losses": found})
+    head = ("removed", "plan", "predicted nats", f"rise on {domain}", "mean rise, all texts")
+    print(measure.table(head, rows))
+    predicted, measured = ([each[key] for each in values] for key in ("predicted", "measured"))
+    print(f"\nrank correlation of predicted and measured over {len(values)} plans: "
+          f"{spearmanr(predicted, measured).statistic:.3f}")  # fmt: skip
+    measure.save(given.json, {"prices": values, "dense": dense})
+
+
+if __name__ == "__main__":
+    main()
