@@ -13,9 +13,7 @@ Fisher).
 from __future__ import annotations
 
 import shutil
-from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -207,26 +205,13 @@ class Backward:
             watch(Progress("backward", total - index, total, tokens=self.rows.tokens()))
 
     def _layer(self, index: int, inputs: HiddenStates, gradient: HiddenStates) -> None:
-        stream, waiting = self.stream, deque[tuple[str, Future[dict[str, Array]]]]()
+        def step(start: int, stop: int) -> dict[str, Array]:
+            return self._step(index, inputs, gradient, start, stop)
 
-        def settle() -> None:
-            domain, future = waiting.popleft()
+        for domain, found in self.stream.side_by_side_results(self.rows, step):
             sums = self.sums.setdefault(domain, {}).setdefault(index, {})
-            for name, found in future.result().items():
-                sums[name] = sums[name] + found if name in sums else found
-
-        try:
-            for start, stop in stream.steps(self.rows):
-                if len(waiting) > stream.side_by_side:
-                    settle()
-                job = stream.pool.submit(self._step, index, inputs, gradient, start, stop)
-                waiting.append((self.rows.domains[start], job))
-            while waiting:
-                settle()
-        finally:
-            for _, future in waiting:
-                future.cancel()
-            wait([future for _, future in waiting])
+            for name, added in found.items():
+                sums[name] = sums[name] + added if name in sums else added
         if index not in self._facts:
             for layers in self.sums.values():
                 layers.pop(index, None)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from moezip.arch.experts import decoded
 from moezip.arch.skeleton import Skeleton
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
     from moezip.calibrate.capture import Capture
     from moezip.calibrate.statistics import Array
+
+T = TypeVar("T")
 
 # Memory that a process needs before any weight is read: interpreter, torch, transformers, and the temporaries of one
 # micro-batch. Measured: 380 MB after building a meta model, the rest is headroom for the micro-batch.
@@ -126,7 +128,7 @@ class Stream:
         # barrier, and on a machine that does other work besides, barriers were seen to take nine tenths of the time.
         cores = torch.get_num_threads()
         self.side_by_side = min(cores, MAX_SIDE_BY_SIDE) if self.device.type == "cpu" else 1
-        self.pool = _threads(self.side_by_side, max(cores // self.side_by_side, 1))
+        self._pool = _threads(self.side_by_side, max(cores // self.side_by_side, 1))
         self._run_layer = [layer.forward for layer in self.layers]
         for index, layer in enumerate(self.layers):
             layer.forward = self._stand_in(index)
@@ -292,29 +294,30 @@ class Stream:
 
     def _layer(self, index: int, rows: Rows, states: HiddenStates, capture: Capture | None) -> None:
         """One layer over all micro-batches, several at a time; what was seen is added in their order."""
-        waiting: deque[tuple[str, Future[list[dict[str, Array]]]]] = deque()
+        def step(start: int, stop: int) -> list[dict[str, Array]]:
+            return self._step(index, rows, states, start, stop, capture)
 
-        def settle() -> None:
-            domain, future = waiting.popleft()
-            for seen in future.result():
+        for domain, found in self.side_by_side_results(rows, step):
+            for seen in found:
                 if capture is not None:
                     capture.add(index, domain, seen)
 
+    def side_by_side_results(self, rows: Rows, step: Callable[[int, int], T]) -> Iterator[tuple[str, T]]:
+        """``step(start, stop)`` of every micro-batch, several at a time; domain and result in order of the rows."""
         steps = self.steps(rows)
         if len(steps) == 1:  # it may have all cores
-            (start, stop), domain = steps[0], rows.domains[0]
-            for seen in self._step(index, rows, states, start, stop, capture):
-                if capture is not None:
-                    capture.add(index, domain, seen)
+            yield rows.domains[0], step(*steps[0])
             return
+        waiting: deque[tuple[str, Future[T]]] = deque()
         try:
             for start, stop in steps:
                 if len(waiting) > self.side_by_side:
-                    settle()
-                job = self.pool.submit(self._step, index, rows, states, start, stop, capture)
-                waiting.append((rows.domains[start], job))
+                    domain, future = waiting.popleft()
+                    yield domain, future.result()
+                waiting.append((rows.domains[start], self._pool.submit(step, start, stop)))
             while waiting:
-                settle()
+                domain, future = waiting.popleft()
+                yield domain, future.result()
         finally:
             for _, future in waiting:
                 future.cancel()

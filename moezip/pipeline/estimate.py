@@ -11,7 +11,8 @@ from moezip.arch.spec import LayerFacts
 from moezip.calibrate.record import wants_gradients
 from moezip.export.stock import tensor_bytes
 from moezip.pipeline.common import Common
-from moezip.pipeline.prune import PruneJob, make_plan, neuron_layers, prepare_prune, require_text
+from moezip.pipeline.neurons import neuron_layers
+from moezip.pipeline.prune import PruneJob, make_plan, prepare_prune, require_text
 from moezip.plan.apply import Applied
 from moezip.plan.plan import LayerPlan, Pick, Plan
 from moezip.report.overview import overview
@@ -61,7 +62,7 @@ def dry_run(checkpoint: str, job: PruneJob, common: Common) -> Estimate:
     elif prepared.method.unit == "neuron":
         assert job.ratio is not None
         nothing = {fact.layer: np.zeros((fact.experts, fact.width)) for fact in model.facts}
-        cut = neuron_layers(model, nothing, job.ratio, prepared.params, {})
+        cut = neuron_layers(model, model.facts, nothing, job.ratio, prepared.params, {})
         plan = Plan(model.source.fingerprint, model.architecture.name, cut, prepared.params.mtp)
     else:
         # any choice of that many experts has the same size

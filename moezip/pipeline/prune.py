@@ -15,13 +15,13 @@ from moezip.arch.layout import require_uniform
 from moezip.arch.spec import LayerFacts
 from moezip.checkpoint.reader import Checkpoint
 from moezip.checkpoint.source import Source
-from moezip.errors import ArchitectureError, StatisticsError, UsageError
+from moezip.errors import StatisticsError, UsageError
 from moezip.export.stock import tensor_bytes, write_checkpoint
 from moezip.pipeline.calibrate import forget, require_files, resumable, run_calibration, unrouted, work_folder
 from moezip.pipeline.common import Clock, Common, Opened, opened, refuse_file, refuse_output
+from moezip.pipeline.neurons import check_neurons, neuron_layers, require_raggable
 from moezip.plan.apply import Applied
-from moezip.plan.neurons import neuron_plans
-from moezip.plan.plan import LayerPlan, Plan, require_keepable
+from moezip.plan.plan import Plan, require_keepable
 from moezip.plan.price import expert_prices, predicted_nats, priced
 from moezip.registry import Method, lookup, parse_params
 from moezip.report.report import Report, peak_rss_bytes
@@ -83,9 +83,9 @@ def prepare_prune(checkpoint: str, job: PruneJob, common: Common) -> Prepared:
     model = opened(checkpoint)
     require_uniform(model.source.config, "compressing", model.source.folder)
     if job.scope == "model" and method.unit == "expert":
-        _require_raggable(model, "different numbers of experts in its layers")
+        require_raggable(model, "different numbers of experts in its layers")
     if method.unit == "neuron":
-        _prepare_neurons(method, model, job, params)
+        check_neurons(method, model, job.keep, job.ratio, params)
         keep = model.facts[0].experts
     else:
         keep = kept_count(model.facts[0].experts, job.keep, job.ratio)
@@ -106,59 +106,6 @@ def _check_scope(method: Method, job: PruneJob) -> None:
             f"scores of {method.name} mean different things in different layers", where="--scope model",
             next="rank over the model with --method nats, whose prices are nats per token everywhere",
         )  # fmt: skip
-
-
-def _require_raggable(model: Opened, what: str) -> None:
-    """Raises UsageError if the checkpoint cannot have layers or experts that differ."""
-    if model.source.config.get("quantization_config"):
-        raise UsageError(f"a quantized checkpoint cannot have {what} yet", where=model.source.folder,
-                         next="keep the same number everywhere, or start from the unquantized form")  # fmt: skip
-    if any(tensor.fused for tensor in model.architecture.experts):
-        raise UsageError(f"{model.architecture.name} has one tensor for all experts of a layer and cannot have {what}",
-                         where=model.source.folder, next="keep the same number everywhere")  # fmt: skip
-
-
-def _prepare_neurons(method: Method, model: Opened, job: PruneJob, params: Any) -> None:
-    """Raises for what neurons cannot be taken from, or how."""
-    if job.ratio is None or job.keep is not None:
-        raise UsageError(
-            f"{method.name} removes neurons inside experts, not experts", where="--keep",
-            next="say what share of them with --ratio R",
-        )  # fmt: skip
-    if model.source.config.get("quantization_config"):
-        raise UsageError(
-            f"{method.name} cannot cut neurons out of stored quantized blocks", where=model.source.folder,
-            next="prune whole experts of this checkpoint, or start from its unquantized form",
-        )  # fmt: skip
-    if params.uniform:
-        model.architecture.with_width(model.source.config, model.facts[0].width)
-    else:
-        _require_raggable(model, "experts of different widths (try --set uniform=true)")
-    neuron_layers(model, {f.layer: np.zeros((f.experts, f.width)) for f in model.facts}, job.ratio, params, {})
-
-
-def neuron_layers(
-    model: Opened, scores: Mapping[int, Array], ratio: float, params: Any, protected: Mapping[int, Sequence[int]]
-) -> tuple[LayerPlan, ...]:
-    """The layers of a plan of neurons, within what the architecture allows."""
-
-    def allowed(width: int) -> bool:
-        try:
-            model.architecture.with_width(model.source.config, width)
-        except ArchitectureError:
-            return False
-        return True
-
-    return neuron_plans(
-        model.facts,
-        scores,
-        ratio,
-        rank=params.rank,
-        step=params.round,
-        uniform=params.uniform,
-        protected=protected,
-        allowed=allowed,
-    )
 
 
 def require_text(prepared: Prepared, job: PruneJob) -> None:
@@ -186,7 +133,7 @@ def make_plan(prepared: Prepared, job: PruneJob, stats: Statistics | None, commo
     protected = _protected(prepared, stats)
     if method.unit == "neuron":
         assert job.ratio is not None
-        layers = neuron_layers(model, scores, job.ratio, prepared.params, protected)
+        layers = neuron_layers(model, model.facts, scores, job.ratio, prepared.params, protected)
     else:
         choice = None if stats is None else _choice(prepared, stats, job.weights)
         keep: int | dict[int, int] = prepared.keep
