@@ -42,6 +42,8 @@ def whole(folder: Path, rows: Rows, layers: list[int], entry: Any) -> tuple[floa
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, experts_implementation=register()
     ).eval().requires_grad_(False)  # fmt: skip
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data = tensor.data.clone()  # off the mapped file, whose addresses change the last bit of products
     traces = {}
     for layer in layers:
         block = model.get_submodule(entry.layers)[layer].get_submodule(entry.block)
@@ -84,6 +86,9 @@ def test_gradients_equal_a_plain_backward(name: str, tiny: Any, tmp_path: Path) 
         assert set(mine) == {record.name for record in GRADIENT_RECORDS}
         assert mine["routed"].sum() == 5 * 12 * fact.top_k
         for key in ("inner_square", "inner_grad_square", "inner_product_square"):
-            theirs = sums[fact.layer][key][: fact.experts]
+            # norms over the tokens, not their squares, whose relative error is twice that of what was squared; of the
+            # product u v both factors may be off
+            own, theirs = np.sqrt(mine[key]), np.sqrt(sums[fact.layer][key][: fact.experts])
+            bound = 2 * RELATIVE if key == "inner_product_square" else RELATIVE
             assert theirs.max() > 0
-            assert np.abs(mine[key] - theirs).max() <= RELATIVE * theirs.max(), key
+            assert np.abs(own - theirs).max() <= bound * theirs.max(), key

@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
+from itertools import groupby
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -201,12 +203,20 @@ class Stream:
         return max(min(self.activation_bytes // self.side_by_side // per_token, MAX_MICRO_TOKENS) // width, 1)
 
     def steps(self, rows: Rows) -> list[tuple[int, int]]:
-        """Micro-batches as row ranges; none crosses a domain."""
-        step, steps, start = self.rows_per_step(rows.ids.shape[1]), [], 0
-        for i in range(1, len(rows.domains) + 1):
-            if i == len(rows.domains) or rows.domains[i] != rows.domains[start] or i - start == step:
-                steps.append((start, i))
-                start = i
+        """Micro-batches as row ranges; none crosses a domain.
+
+        A domain's rows are shared out evenly, over so many that all who work side by side have something to do.
+        """
+        most, steps, start = self.rows_per_step(rows.ids.shape[1]), [], 0
+        for _, domain in groupby(rows.domains):
+            count = len(list(domain))
+            rounds = ceil(count / most / self.side_by_side)
+            parts = min(rounds * self.side_by_side, count)
+            size, larger = divmod(count, parts)
+            for part in range(parts):
+                stop = start + size + (part < larger)
+                steps.append((start, stop))
+                start = stop
         return steps
 
     def embed(self, rows: Rows) -> HiddenStates:
