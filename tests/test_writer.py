@@ -310,7 +310,7 @@ def test_too_little_space_is_said_before_writing(model: Path, tmp_path: Path, mo
     assert not (tmp_path / "out").exists() and beside(tmp_path / "out") == []
 
 
-@pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/../../x", "."])
+@pytest.mark.parametrize("name", ["../x", "/x", "a/../../x", "."])
 def test_names_that_leave_the_output(tmp_path: Path, name: str) -> None:
     with pytest.raises(CheckpointError, match="not a name inside"), Staging(tmp_path / "out") as staging:
         staging.add(name, b"")
