@@ -118,7 +118,7 @@ def show_outcome(outcome: Outcome, out: Path, as_json: bool, quiet: bool) -> Non
             "super experts kept": protected or "none found",
             "predicted rise of the loss": "none"
             if report.predicted_nats is None
-            else f"{report.predicted_nats:.4f} nats per token (a low figure, see moezip methods nats)",
+            else f"{report.predicted_nats:.4f} nats per token (to compare plans by, see moezip methods nats)",
             "time": f"{console.duration(report.seconds)} ("
             + ", ".join(f"{name} {console.duration(seconds)}" for name, seconds in report.stages.items())
             + ")",

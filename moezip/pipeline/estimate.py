@@ -17,6 +17,8 @@ from moezip.plan.apply import Applied
 from moezip.plan.plan import LayerPlan, Pick, Plan
 from moezip.report.overview import overview
 
+# A pass with gradients against a plain one: every layer twice forward and once backward makes 3 to 4; the rest is a guess
+# at what its smaller micro-batches cost.
 GRADIENT_WORK = 5
 DISK_BYTES_PER_SECOND = 1e9  # a plain SSD; said beside the estimate
 
@@ -79,7 +81,6 @@ def dry_run(checkpoint: str, job: PruneJob, common: Common) -> Estimate:
     rate = _matmul_rate() if passes else 1.0
     hidden = tokens * seen.hidden * 2
     gradients = passes and wants_gradients(prepared.method.needs)
-    # a backward pass runs every layer again and then, at twice the work, its gradient; smaller rows cost the rest
     work = GRADIENT_WORK if gradients else 1
     reads = seen.bytes * (2 if gradients else 1) if passes else 0
     seconds = tokens * 2 * seen.active_parameters * work / rate + (reads + 2 * after) / DISK_BYTES_PER_SECOND

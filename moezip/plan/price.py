@@ -35,8 +35,8 @@ def priced(stats: Statistics | None) -> bool:
 def predicted_nats(plan: Plan, domains: Sequence[Domain], weights: Mapping[str, float]) -> float:
     """Sum of the prices of all dropped experts and neurons, averaged over the domains by weight.
 
-    Prices of experts of one layer interact, and single prices are low already: read it as a lower figure, good for
-    comparing plans.
+    Prices of experts of one layer interact and are of second order only: a figure for comparing plans, neither a lower
+    nor an upper bound of what will be measured.
     """
     totals, shares = [], []
     for domain in domains:
