@@ -17,8 +17,8 @@ from moezip.plan.apply import Applied
 from moezip.plan.plan import LayerPlan, Pick, Plan
 from moezip.report.overview import overview
 
-# A pass with gradients against a plain one: every layer twice forward and once backward makes 3 to 4; the rest is a guess
-# at what its smaller micro-batches cost.
+# A pass with gradients against a plain one: every layer twice forward and once backward makes 3 to 4; the rest is a
+# guess at what its smaller micro-batches cost.
 GRADIENT_WORK = 5
 DISK_BYTES_PER_SECOND = 1e9  # a plain SSD; said beside the estimate
 
