@@ -285,22 +285,53 @@ class Stream:
             MoezipError: weights or hidden states that are not finite.
         """
         for index in range(first, len(self.layers) if last is None else last + 1):
-            if index not in self._loaded:
-                self.skeleton.load(self._targets[index])
+            self.load_layer(index)
             layer = self.layers[index]
             if capture is not None:
                 capture.watch(index, layer)
             try:
-                self._layer(index, rows, states, capture)
+                self.advance(index, rows, states, capture)
             finally:
                 if capture is not None:
                     capture.release(index, layer)
-                if keep:
-                    self._loaded.add(index)
-                else:
-                    self.skeleton.free(self._targets[index])
-                    self._loaded.discard(index)
+                if not keep:
+                    self.free_layer(index)
             yield index
+
+    def load_layer(self, index: int) -> None:
+        """Reads a layer, unless it is in memory already."""
+        if index not in self._loaded:
+            self.skeleton.load(self._targets[index])
+            self._loaded.add(index)
+
+    def free_layer(self, index: int) -> None:
+        """Gives a layer's memory back."""
+        self.skeleton.free(self._targets[index])
+        self._loaded.discard(index)
+
+    def look(
+        self, index: int, rows: Rows, states: HiddenStates, seen: Callable[[int, int], T]
+    ) -> Iterator[tuple[int, int, T]]:
+        """Runs a loaded layer on its input and throws the output away: for whoever watches its insides.
+
+        Args:
+            seen: called with the rows of a micro-batch, in the thread that has just run it.
+
+        Yields:
+            First row, row after the last, and what ``seen`` returned, in order of the rows.
+        """
+
+        def step(start: int, stop: int) -> tuple[int, int, T]:
+            mask = None if rows.mask is None else rows.mask[start:stop]
+            self.call(index, rows.ids[start:stop], mask, states.read(start, stop).to(self.device))
+            return start, stop, seen(start, stop)
+
+        for _, found in self.side_by_side_results(rows, step):
+            yield found
+
+    def advance(self, index: int, rows: Rows, states: HiddenStates, capture: Capture | None = None) -> None:
+        """Takes the hidden states through one loaded layer."""
+        self._layer(index, rows, states, capture)
 
     def _layer(self, index: int, rows: Rows, states: HiddenStates, capture: Capture | None) -> None:
         """One layer over all micro-batches, several at a time; what was seen is added in their order."""
