@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from moezip.arch.families import identify
 from moezip.arch.layout import Layout, tripwire
+from moezip.arch.matrices import fused_part
 from moezip.arch.spec import Architecture, ExpertTensor
 from moezip.checkpoint.source import Source
 from moezip.errors import ArchitectureError
@@ -277,15 +278,7 @@ class Skeleton:
         """The part of a fused parameter that one expert's matrix fills, seen as [out, in]."""
         assert fill.tensor is not None and fill.expert is not None
         experts: Any = self.model.get_submodule(target.rpartition(".")[0])
-        part = whole[fill.expert]
-        if experts.is_transposed:
-            part = part.T
-        if fill.tensor.role == "down":
-            return part
-        half = part.shape[0] // 2
-        if experts.is_concatenated:
-            return part[:half] if fill.tensor.role == "gate" else part[half:]
-        return part[0::2] if fill.tensor.role == "gate" else part[1::2]
+        return fused_part(experts, fill.tensor.role, fill.expert, whole)
 
     def _tensor(self, target: str) -> torch.Tensor:
         module, _, leaf = target.rpartition(".")

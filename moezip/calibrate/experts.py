@@ -49,6 +49,20 @@ class Routed(threading.local):
     output: Any = None
 
 
+class Taken(threading.local):
+    """Hung on an experts module as ``_moezip_taken``: its input is kept, and zeros stand for its output.
+
+    For whoever runs the experts himself, one at a time. Every thread sees its own micro-batch.
+
+    Attributes:
+        hidden: [T, D]. ids, gates: [T, k], as the router gave them.
+    """
+
+    hidden: Any = None
+    ids: Any = None
+    gates: Any = None
+
+
 def experts_forward(
     self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
@@ -66,6 +80,10 @@ def experts_forward(
     """
     import torch
 
+    taken: Taken | None = getattr(self, "_moezip_taken", None)
+    if taken is not None:
+        taken.hidden, taken.ids, taken.gates = hidden_states, top_k_index, top_k_weights
+        return torch.zeros_like(hidden_states)
     trace: Trace | None = getattr(self, "_moezip_trace", None)
     if trace is not None:
         return traced_forward(self, trace, _linear, padded_rows, hidden_states, top_k_index, top_k_weights)
@@ -118,6 +136,16 @@ def experts_forward(
         routed.ids, routed.gates, routed.peaks, routed.output = top_k_index, top_k_weights, peaks, result
         routed.norms = sorted_norms[places].view(tokens, top_k)
     return result
+
+
+def inner_activation(module: Any, expert: int, given: torch.Tensor) -> torch.Tensor:
+    """The input of one expert's down projection, [n, F], for tokens [n, D]; the products are those of the forward."""
+    count = given.shape[0]
+    filled = given.new_zeros(padded_rows(count), given.shape[1])
+    filled[:count] = given
+    inner = _linear(module, "gate_up_proj" if module.has_gate else "up_proj", expert, filled)
+    result: torch.Tensor = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+    return result[:count]
 
 
 def padded_rows(count: int) -> int:

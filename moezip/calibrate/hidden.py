@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moezip.errors import MoezipError
 
@@ -64,6 +64,18 @@ class HiddenStates:
         """Replaces rows ``start`` to ``stop``."""
         target = self._memory[start:stop] if self._memory is not None else self._map(start, stop)
         target.copy_(rows)
+
+    def gather(self, positions: Any) -> torch.Tensor:
+        """Single positions [n] of the flattened [N * S, D], in that order, in fresh memory."""
+        import numpy as np
+        import torch
+
+        if self._memory is not None:
+            return self._memory.flatten(0, 1)[torch.from_numpy(np.ascontiguousarray(positions, np.int64))]
+        assert self.file is not None
+        size = self.shape[2] * self.dtype.itemsize
+        view = np.memmap(self.file, np.uint8, "r", shape=(self.shape[0] * self.shape[1], size))
+        return torch.from_numpy(np.asarray(view[positions])).view(self.dtype)
 
     def save(self, file: Path, step: int = 64) -> None:
         """Copies all rows to ``file``, forced to disk."""

@@ -310,12 +310,18 @@ class Stream:
         self._loaded.discard(index)
 
     def look(
-        self, index: int, rows: Rows, states: HiddenStates, seen: Callable[[int, int], T]
+        self,
+        index: int,
+        rows: Rows,
+        states: HiddenStates,
+        seen: Callable[[int, int], T],
+        expect: Callable[[torch.Tensor | None], None] = lambda valid: None,
     ) -> Iterator[tuple[int, int, T]]:
         """Runs a loaded layer on its input and throws the output away: for whoever watches its insides.
 
         Args:
             seen: called with the rows of a micro-batch, in the thread that has just run it.
+            expect: called there before it runs, with its valid positions [n * S], None where all are.
 
         Yields:
             First row, row after the last, and what ``seen`` returned, in order of the rows.
@@ -323,6 +329,7 @@ class Stream:
 
         def step(start: int, stop: int) -> tuple[int, int, T]:
             mask = None if rows.mask is None else rows.mask[start:stop]
+            expect(None if mask is None else mask.reshape(-1).to(self.device))
             self.call(index, rows.ids[start:stop], mask, states.read(start, stop).to(self.device))
             return start, stop, seen(start, stop)
 
