@@ -98,6 +98,8 @@ def gptq(
     Raises:
         ValueError: arguments that do not fit together.
     """
+    import numpy as np
+
     from moezip.kernels import check
 
     check.width(bits)
@@ -135,8 +137,6 @@ def gptq_refit(
     Raises:
         ValueError: arguments that do not fit together.
     """
-    import numpy as np
-
     from moezip.kernels import check
 
     check.width(bits)
