@@ -1,9 +1,10 @@
 """The gradient of the loss, one decoder layer in memory at a time.
 
-Forward once, keeping every layer's input in files; then the layers again from last to first: each is run on its kept
-input with gradients on, and hands the gradient of its output down to the gradient of its input. Gradients of weights
-are never formed. What is summed is, per routed expert, its inner activation u (the input of its down projection)
-and the gradient v of the loss with respect to it: every second-order price is made of those two.
+Forward once, keeping every layer's input and the experts it chose in files; then the layers again from last to first:
+each is run on its kept input with gradients on, held to the experts it chose, and hands the gradient of its output
+down to the gradient of its input. Gradients of weights are never formed. What is summed is, per routed expert, its
+inner activation u (the input of its down projection) and the gradient v of the loss with respect to it: every
+second-order price is made of those two.
 
 The loss is the **sum** of the token losses over the scored tokens (not their mean), so that sums add over chunks; the
 first token of a window is not scored. Labels are the text's own (empirical Fisher) or drawn from the model (true
@@ -13,7 +14,10 @@ Fisher).
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import frexp, ldexp
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,8 +25,10 @@ import numpy as np
 
 from moezip.arch.spec import LayerFacts
 from moezip.calibrate.capture import Capture
+from moezip.calibrate.choices import Choices, Recorded, held
 from moezip.calibrate.data import Rows
 from moezip.calibrate.hidden import HiddenStates
+from moezip.calibrate.kept import Kept, Standing, disk_bytes
 from moezip.calibrate.record import GRADIENT_RECORDS
 from moezip.calibrate.statistics import Array
 from moezip.calibrate.stream import Stream
@@ -36,8 +42,12 @@ if TYPE_CHECKING:
 Labels = Literal["data", "model"]
 # A micro-batch with gradients holds every layer-internal activation, several times what a plain one holds.
 SHARE_OF_ROWS = 4
-# float16 gradients vanish below 6e-8: they travel multiplied by this and are divided when summed.
-HALF_SCALE = 1024.0
+# float16 ends at 65504 and its gradients vanish below 6e-8. The loss is multiplied by this while it passes the head,
+# where the gradient of a logit is 1 at most;
+HEAD_SCALE = 1024.0
+# inside a layer the gradient of its output is brought to this size by a power of two, which rounds nothing: a factor
+# of 4096 is left to grow by, one of 2^28 to shrink by. Between layers gradients are float32.
+LARGEST_GRADIENT = 16.0
 
 
 class Backward:
@@ -50,6 +60,9 @@ class Backward:
         folder: where the layers' inputs and the gradient are kept; ``disk_bytes`` tells how much.
         labels: ``data`` (the text's own next tokens) or ``model`` (drawn from its predictions, by ``seed``).
         capture: watches the forward half, if its records are wanted too.
+        job: digest of everything that the sums depend on. With it the pass is saved as it goes, and an interrupted one
+            leaves what it needs to go on; without it nothing is ever left.
+        save_every: seconds between saves.
 
     Attributes:
         sums: per domain and layer, the sums of ``GRADIENT_RECORDS``.
@@ -65,10 +78,11 @@ class Backward:
         labels: Labels = "data",
         seed: int = 0,
         capture: Capture | None = None,
+        job: str = "",
+        save_every: float = 60.0,
     ):
         import torch
 
-        self._capture = capture
         self.stream, self.rows, self.folder, self.labels = stream, rows, folder, labels
         stream.micro_rows = max(stream.rows_per_step(rows.ids.shape[1]) // SHARE_OF_ROWS, 1)
         entry, config = stream.skeleton.architecture, stream.source.config
@@ -77,79 +91,137 @@ class Backward:
         self._renormalised = entry.gates_renormalised(config)
         self._softmax = entry.scoring == "softmax"
         self._gate_scale = float(config.get("routed_scaling_factor") or 1.0)
-        self._scale = HALF_SCALE if stream.skeleton.dtype == torch.float16 else 1.0
-        self._trace = Trace()
+        self._head_scale = HEAD_SCALE if stream.skeleton.dtype == torch.float16 else 1.0
+        self._trace, self._recorded = Trace(), Recorded()
         self._generator = torch.Generator().manual_seed(seed)
+        self._capture = capture or Capture(entry, list(self._facts.values()), (), 1.0)
+        shape = (*rows.ids.shape, int(stream.skeleton.config.hidden_size))
+        self._kept = Kept(folder, job, shape, stream.skeleton.dtype, self._facts)
+        self._save_every, self._last_save = save_every, time.monotonic()
         self.sums: dict[str, dict[int, dict[str, Array]]] = {}
         self.losses: dict[str, float] = {}
         self.scored: dict[str, int] = {}
 
     @property
     def disk_bytes(self) -> int:
-        """What the pass keeps on disk: the input of every layer, the last output, and the gradient in float32."""
-        hidden = self.stream.hidden_bytes(self.rows)
-        return hidden * (len(self.stream.layers) + 1) + hidden * 4 // self.stream.skeleton.dtype.itemsize
+        """The most that the pass has on disk at one time."""
+        skeleton = self.stream.skeleton
+        return disk_bytes(
+            self.rows.ids.numel(), int(skeleton.config.hidden_size), skeleton.dtype.itemsize, len(self.stream.layers),
+            self._facts.values(),
+        )  # fmt: skip
 
-    def run(self, watch: Watch = unwatched) -> None:
+    def run(self, watch: Watch = unwatched, *, resume: bool = False) -> None:
         """Forward, loss, backward.
 
+        Args:
+            resume: go on where an interrupted pass of the same job was last saved; from the start if it was not.
+
         Raises:
-            MoezipError: too little disk, or gradients that are not finite.
+            MoezipError: too little disk, gradients that are not finite, or files of another job or damaged ones.
         """
+        restored = self._kept.restore() if resume else None
+        if restored is None:
+            self._kept.clear()
+        standing = Standing() if restored is None else restored[0]
         self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._require_disk(watch)
+            if restored is not None:
+                self._take_up(*restored)
+            self._last_save = time.monotonic()
+            if standing.half == "forward":
+                self._forward(standing.next_layer, watch)
+                standing = self._loss()
+            else:
+                self.stream.embed_all([], [])  # its forward stands in for the embeddings from here on
+            self._backward(standing, watch)
+        except BaseException:
+            self._kept.forget_unsaved()
+            raise
+        self._kept.clear()
+
+    def _require_disk(self, watch: Watch) -> None:
         free = shutil.disk_usage(self.folder).free
-        if self.disk_bytes > free:
+        missing = max(self.disk_bytes - self._kept.bytes, 0)
+        if missing > free:
             raise MoezipError(
-                f"the layers' inputs need {self.disk_bytes / 2**30:.1f} GiB of disk, {free / 2**30:.1f} GiB are free",
+                f"the layers' inputs need {missing / 2**30:.1f} GiB of disk, {free / 2**30:.1f} GiB are free",
                 where=self.folder,
                 next="name another --workdir, or use fewer --tokens",
             )
         watch(Progress("reserve disk", self.disk_bytes, self.disk_bytes, "bytes"))
-        kept: list[HiddenStates] = []
-        try:
-            self._forward(kept, watch)
-            gradient = self._loss(kept)
-            kept.append(gradient)
-            self._backward(kept, gradient, watch)
-        finally:
-            for states in kept:
-                states.close()
+
+    def _take_up(self, standing: Standing, sums: dict[str, dict[int, dict[str, Array]]]) -> None:
+        """What was summed before the interruption, and the same micro-batches."""
+        own = {record.name for record in GRADIENT_RECORDS}
+        for domain, layers in sums.items():
+            for layer, named in layers.items():
+                for name, found in named.items():
+                    mine = self.sums if name in own else self._capture.sums
+                    mine.setdefault(domain, {}).setdefault(layer, {})[name] = found
+        self.losses, self.scored = dict(standing.losses), dict(standing.scored)
+        self.stream.micro_rows = standing.micro_rows
+
+    def _save(self, standing: Standing) -> None:
+        """Saves, if the pass is to be resumable and the last save is old enough."""
+        if not self._kept.job or time.monotonic() - self._last_save < self._save_every:
+            return
+        sums = {
+            domain: {layer: {**named, **self.sums.get(domain, {}).get(layer, {})} for layer, named in layers.items()}
+            for domain, layers in self._capture.sums.items()
+        }
+        self._kept.save(standing, sums)
+        self._last_save = time.monotonic()
+
+    def _micro_rows(self) -> int:
+        return self.stream.rows_per_step(self.rows.ids.shape[1])
 
     # -- forward --------------------------------------------------------------------------------------------
 
-    def _file(self, name: str, dtype: torch.dtype) -> HiddenStates:
-        shape = (*self.rows.ids.shape, int(self.stream.skeleton.config.hidden_size))
-        return HiddenStates(shape, dtype, self.folder / f"{name}.bin")
+    def _forward(self, first: int, watch: Watch) -> None:
+        stream, rows, kept, total = self.stream, self.rows, self._kept, len(self.stream.layers)
+        if first == 0:
+            [given] = stream.embed_all([rows], [self.folder / "input-0.bin"])
+        else:
+            stream.embed_all([], [])
+            given = kept.input(first, there=True)
+        watch(Progress("forward", first, total, tokens=rows.tokens()))
+        for index in range(first, total):
+            states = kept.input(index + 1)
+            states.copy_from(given)
+            next(stream.run(rows, states, first=index, last=index, capture=self._choices(index)))
+            given = states
+            watch(Progress("forward", index + 1, total, tokens=rows.tokens()))
+            self._save(Standing("forward", index + 1, self._micro_rows()))
 
-    def _forward(self, kept: list[HiddenStates], watch: Watch) -> None:
-        stream, dtype = self.stream, self.stream.skeleton.dtype
-        steps, total = stream.steps(self.rows), len(stream.layers)
-        [states] = stream.embed_all([self.rows], [self.folder / "hidden.bin"])
-        try:
-            for index in range(total + 1):
-                copy = self._file(f"input-{index}", dtype)
-                kept.append(copy)
-                for start, stop in steps:
-                    copy.write(start, stop, states.read(start, stop))
-                if index < total:
-                    next(stream.run(self.rows, states, first=index, last=index, capture=self._capture))
-                    watch(Progress("forward", index + 1, total, tokens=self.rows.tokens()))
-        finally:
-            states.close()
+    def _choices(self, layer: int) -> Choices:
+        """The capture, and every token's experts into the layer's file."""
+        width, row = self.rows.ids.shape[1], 0
+        file = self._kept.ids(layer) if layer in self._facts else None
+
+        def keep(_layer: int, ids: torch.Tensor) -> None:
+            nonlocal row
+            assert file is not None
+            stop = row + ids.shape[0] // width
+            file.write(row, stop, ids.view(stop - row, width, -1))
+            row = stop
+
+        return Choices(self._capture, keep)
 
     # -- loss -----------------------------------------------------------------------------------------------
 
-    def _loss(self, kept: Sequence[HiddenStates]) -> HiddenStates:
+    def _loss(self) -> Standing:
         """Gradient of the summed loss with respect to the last layer's output, a few positions' logits at a time."""
         import torch
 
-        stream, rows = self.stream, self.rows
-        gradient = self._file("gradient", torch.float32)
+        stream, rows, last = self.stream, self.rows, len(self.stream.layers)
+        outputs, gradient = self._kept.input(last, there=True), self._kept.gradient(f"gradient-{last}.bin")
         stream.load_head()
         chunk = max(stream.head_chunk() // 4, 1)  # logits, their softmax and its gradient exist side by side
         for row, domain in enumerate(rows.domains):
-            hidden = kept[-1].read(row, row + 1)[0]
-            positions = self._scored(row)
+            hidden = outputs.read(row, row + 1)[0]
+            positions = rows.scored(row)
             grads = torch.zeros(hidden.shape, dtype=torch.float32)
             for start in range(0, len(positions), chunk):
                 at = positions[start : start + chunk]
@@ -158,24 +230,19 @@ class Backward:
                     logs = stream.head(leaf, grad=True).float().log_softmax(-1)
                     text = rows.ids[row, at + 1].to(stream.device)[:, None]
                     labels = text if self.labels == "data" else self._drawn(logs.detach())
-                    (-logs.gather(1, labels).sum() * self._scale).backward()
+                    (-logs.gather(1, labels).sum() * self._head_scale).backward()
                 self.losses[domain] = self.losses.get(domain, 0.0) - float(logs.detach().gather(1, text).double().sum())
                 assert leaf.grad is not None
-                grads[at] = leaf.grad.float().cpu()
+                grads[at] = leaf.grad.float().cpu() / self._head_scale
             self.scored[domain] = self.scored.get(domain, 0) + len(positions)
             gradient.write(row, row + 1, grads[None])
         stream.free_head()
-        return gradient
-
-    def _scored(self, row: int) -> torch.Tensor:
-        """Positions whose successor is a real token, as they are themselves."""
-        import torch
-
-        width = self.rows.ids.shape[1]
-        if self.rows.mask is None:
-            return torch.arange(width - 1)
-        real = self.rows.mask[row]
-        return torch.nonzero(real[:-1] & real[1:])[:, 0]
+        assert gradient.file is not None
+        standing = Standing(
+            "backward", last - 1, self._micro_rows(), gradient.file.name, dict(self.losses), dict(self.scored)
+        )
+        self._save(standing)
+        return standing
 
     def _drawn(self, logs: torch.Tensor) -> torch.Tensor:
         """A label per position drawn from the model's own distribution, [P, 1]."""
@@ -185,47 +252,88 @@ class Backward:
 
     # -- backward -------------------------------------------------------------------------------------------
 
-    def _backward(self, kept: Sequence[HiddenStates], gradient: HiddenStates, watch: Watch) -> None:
-        stream, total = self.stream, len(self.stream.layers)
-        for index in reversed(range(total)):
-            layer, targets = stream.layers[index], stream.skeleton.layer_targets(index)
+    def _backward(self, standing: Standing, watch: Watch) -> None:
+        stream, kept, total = self.stream, self._kept, len(self.stream.layers)
+        gradient = kept.gradient(standing.gradient, there=True)
+        watch(Progress("backward", total - 1 - standing.next_layer, total, tokens=self.rows.tokens()))
+        for index in reversed(range(standing.next_layer + 1)):
+            assert gradient.file is not None
+            # in place, but never in the file that a resumed pass would begin with
+            made = gradient if gradient.file.name != kept.saved.gradient else kept.gradient(f"gradient-{index}.bin")
+            targets = stream.skeleton.layer_targets(index)
             stream.skeleton.load(targets)
-            experts: Any = None
-            if index in self._facts:
-                block = layer.get_submodule(self._entry.block)
-                experts = block.get_submodule(self._entry.experts_module)
-                experts._moezip_trace = self._trace
             try:
-                self._layer(index, kept[index], gradient)
+                with self._watched(index):
+                    self._layer(index, gradient, made)
             finally:
-                if experts is not None:
-                    experts._moezip_trace = None
                 stream.skeleton.free(targets)
-            kept[index].close()
+            gradient = made
             watch(Progress("backward", total - index, total, tokens=self.rows.tokens()))
+            if index:
+                assert made.file is not None
+                self._save(
+                    Standing(
+                        "backward", index - 1, self._micro_rows(), made.file.name, dict(self.losses), dict(self.scored)
+                    )
+                )
 
-    def _layer(self, index: int, inputs: HiddenStates, gradient: HiddenStates) -> None:
+    @contextmanager
+    def _watched(self, index: int) -> Iterator[None]:
+        """Holds the layer's router to the recorded choices, and its experts' activations for ``_sums``."""
+        if index not in self._facts:
+            yield
+            return
+        block = self.stream.layers[index].get_submodule(self._entry.block)
+        experts: Any = block.get_submodule(self._entry.experts_module)
+        experts._moezip_trace = self._trace
+        try:
+            with held(block.get_submodule(self._entry.router_module), self._recorded, self._facts[index]):
+                yield
+        finally:
+            experts._moezip_trace = None
+
+    def _layer(self, index: int, given: HiddenStates, made: HiddenStates) -> None:
+        """From the gradient of the layer's output to that of its input."""
+        inputs = self._kept.input(index, there=True)
+        chosen = self._kept.ids(index, there=True) if index in self._facts else None
+
         def step(start: int, stop: int) -> dict[str, Array]:
-            return self._step(index, inputs, gradient, start, stop)
+            ids = None if chosen is None else chosen.read(start, stop).long().flatten(0, 1).to(self.stream.device)
+            scale, gradients = self._step(index, inputs.read(start, stop), given.read(start, stop), ids, start)
+            made.write(start, stop, gradients)
+            if ids is None:
+                return {}
+            if not ids.equal(self._trace.ids):
+                raise MoezipError(
+                    f"the router of decoder layer {index} does not choose by topk and cannot be held to its choices",
+                    next="this is a fault in moezip: report it with the architecture's name",
+                )
+            mask = None if self.rows.mask is None else self.rows.mask[start:stop]
+            sums = self._sums(self._facts[index], mask, scale)
+            self._trace.clear()
+            return sums
 
         for domain, found in self.stream.side_by_side_results(self.rows, step):
+            if not found:
+                continue
             sums = self.sums.setdefault(domain, {}).setdefault(index, {})
             for name, added in found.items():
                 sums[name] = sums[name] + added if name in sums else added
-        if index not in self._facts:
-            for layers in self.sums.values():
-                layers.pop(index, None)
 
     def _step(
-        self, index: int, inputs: HiddenStates, gradient: HiddenStates, start: int, stop: int
-    ) -> dict[str, Array]:
+        self, index: int, inputs: torch.Tensor, given: torch.Tensor, ids: torch.Tensor | None, start: int
+    ) -> tuple[float, torch.Tensor]:
+        """One micro-batch: the scale of the gradients in the trace, and the gradient [n, S, D] of its input."""
         import torch
 
-        stream, mask = self.stream, None if self.rows.mask is None else self.rows.mask[start:stop]
-        hidden = inputs.read(start, stop).to(stream.device).detach().clone().requires_grad_()
+        stream, stop = self.stream, start + len(inputs)
+        mask = None if self.rows.mask is None else self.rows.mask[start:stop]
+        hidden = inputs.to(stream.device).detach().clone().requires_grad_()
+        scale = _scale(float(given.abs().max()))
+        self._recorded.ids = ids
         with torch.enable_grad():
             output = stream.call(index, self.rows.ids[start:stop], mask, hidden, grad=True)
-            output.backward(gradient.read(start, stop).to(device=stream.device, dtype=output.dtype))
+            output.backward((given * scale).to(device=stream.device, dtype=output.dtype))
         assert hidden.grad is not None
         if not bool(torch.isfinite(hidden.grad.sum(dtype=torch.float32))):
             raise MoezipError(
@@ -233,15 +341,10 @@ class Backward:
                 where=f"rows {start} to {stop - 1}",
                 next="the weights may be damaged (run `moezip verify`), or the dtype overflows",
             )
-        gradient.write(start, stop, hidden.grad.float().cpu())
-        if index not in self._facts:
-            return {}
-        sums = self._sums(self._facts[index], mask)
-        self._trace.clear()
-        return sums
+        return scale, hidden.grad.float().cpu() / scale
 
-    def _sums(self, fact: LayerFacts, mask: torch.Tensor | None) -> dict[str, Array]:
-        """What one micro-batch adds to the sums of one layer."""
+    def _sums(self, fact: LayerFacts, mask: torch.Tensor | None, scale: float) -> dict[str, Array]:
+        """What one micro-batch, whose gradients are ``scale`` times too large, adds to the sums of one layer."""
         import torch
 
         trace = self._trace
@@ -255,18 +358,18 @@ class Backward:
             u = part.inner.detach()[:count].float()
             gradient = part.inner.grad
             assert gradient is not None
-            v = gradient[:count].float() / self._scale
+            v = gradient[:count].float()
             here = (u * v).sum(1).double()
             if part.output is not None and part.bias is not None and part.output.grad is not None:
-                here += (part.output.grad.float() / self._scale * part.bias.float()).sum(1).double()
-            push[part.slots] = here
+                here += (part.output.grad.float() * part.bias.float()).sum(1).double()
+            push[part.slots] = here / scale
             if valid is not None:
                 real = valid[part.slots // top_k]
                 u, v = u[real], v[real]
             found["routed"][part.expert] = u.shape[0]
             found["inner_square"][part.expert] = u.square().sum(0).double().cpu().numpy()
-            found["inner_grad_square"][part.expert] = v.square().sum(0).double().cpu().numpy()
-            found["inner_product_square"][part.expert] = (u * v).square().sum(0).double().cpu().numpy()
+            found["inner_grad_square"][part.expert] = v.square().sum(0).double().cpu().numpy() / scale**2
+            found["inner_product_square"][part.expert] = (u * v).square().sum(0).double().cpu().numpy() / scale**2
         pushes = push.view(-1, top_k)
         drops = {"drop_square": pushes.square(), "drop_renormalised_square": self._renormalised_drops(pushes).square()}
         for name, squares in drops.items():
@@ -295,3 +398,13 @@ class Backward:
         # an expert that has the whole gate leaves nothing to grow: only taking its output away is left
         grown = share / (1 - share) * (pushes.sum(1, keepdim=True) - total * pushes / gates.clamp_min(1e-30))
         return torch.where((share < 1 - 1e-9) & (gates > 0), grown, -pushes)
+
+
+def _scale(peak: float) -> float:
+    """The power of two that brings ``peak`` to ``LARGEST_GRADIENT`` or up to half below; 1 for 0 and what is no number.
+
+    Exact in every dtype, so that it changes nothing where nothing would have vanished.
+    """
+    if not 0.0 < peak < float("inf"):
+        return 1.0
+    return ldexp(LARGEST_GRADIENT, -frexp(peak)[1])

@@ -42,6 +42,14 @@ class Rows:
         rows = [i for i, name in enumerate(self.domains) if domain in (None, name)]
         return len(rows) * self.ids.shape[1] if self.mask is None else int(self.mask[rows].sum())
 
+    def scored(self, row: int) -> torch.Tensor:
+        """Positions of one row whose successor is a real token, as they are themselves, [P]."""
+        import torch
+
+        if self.mask is None:
+            return torch.arange(self.ids.shape[1] - 1)
+        return torch.nonzero(self.mask[row, :-1] & self.mask[row, 1:])[:, 0]
+
     def fingerprint(self, domain: str | None = None) -> str:
         """Hex digest of the token ids (and padding) of one domain or of all."""
         rows = [i for i, name in enumerate(self.domains) if domain in (None, name)]
