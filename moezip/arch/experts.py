@@ -2,209 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING
 
-from moezip.arch.layout import METHOD, TRIPWIRE_DTYPE, TRIPWIRE_SHAPE, Layout, tripwire
+from moezip.arch.decoded import Decoded, decoded
+from moezip.arch.layout import TRIPWIRE_DTYPE, TRIPWIRE_SHAPE, Layout, tripwire
 from moezip.arch.spec import Architecture, ExpertTensor, LayerFacts, RouterTensor
-from moezip.checkpoint.source import Source, TensorSpec
-from moezip.errors import ArchitectureError, CheckpointError
-from moezip.formats import fp8_block, mxfp4
+from moezip.checkpoint.source import Source
+from moezip.errors import ArchitectureError
 
 if TYPE_CHECKING:
     import torch
 
-CHUNK = 16 << 20  # bytes of decoded float32 held at a time
+__all__ = ["Decoded", "Expert", "check_shapes", "decoded", "plain_shape", "read_expert"]
+
 FLOATS = ("BF16", "F16", "F32", "F64")
-FP8_SUFFIX = "_scale_inv"
-MXFP4_SUFFIXES = ("_blocks", "_scales")
-
-
-# -- stored quantization ------------------------------------------------------------------------------------
-
-
-def decoded(source: Source) -> Source:
-    """``source`` with plain tensors only: itself, or a ``Decoded`` view where its config names a quantization.
-
-    Raises:
-        ArchitectureError: a quantization that moezip cannot decode, or one that the tensors do not bear out.
-    """
-    quantization = source.config.get("quantization_config")
-    if quantization is None:
-        for name in source.names():
-            if name.endswith(FP8_SUFFIX) or source.spec(name).dtype.startswith("F8_E"):
-                raise ArchitectureError(
-                    f"{name} is a piece of a quantized tensor, but config.json has no quantization_config",
-                    where=source.folder / "config.json",
-                    next="use the config.json that came with the weights",
-                )
-        return source
-    if isinstance(quantization, Mapping) and quantization.get("quant_method") == METHOD:
-        return source  # ragged, but plain: whoever asks for the layers' facts has the format checked
-    return Decoded(source)
-
-
-@dataclass(frozen=True, slots=True)
-class Pieces:
-    """What one plain tensor is stored as."""
-
-    codes: TensorSpec
-    scales: TensorSpec
-    plain: TensorSpec
-
-
-@final
-class Decoded:
-    """A ``Source`` through which stored quantization looks like plain BF16 tensors.
-
-    DeepSeek's fp8 blocks: ``X.weight`` with ``X.weight_scale_inv``, one scale per ``weight_block_size``.
-    gpt-oss' mxfp4: ``N_blocks`` [E, out, in / 32, 16] and ``N_scales`` [E, out, in / 32] become N in its plain form
-    [E, in, out]. Only the rows asked for are decoded, in pieces.
-
-    Raises:
-        ArchitectureError: the quantization is another one, or a piece of a tensor is missing or misshapen.
-    """
-
-    def __init__(self, source: Source):
-        self._source = source
-        quantization = source.config.get("quantization_config")
-        if not isinstance(quantization, Mapping):
-            raise self._fault("quantization_config is not an object")
-        self._method = str(quantization.get("quant_method"))
-        self._block = (0, 0)
-        if self._method == "fp8":
-            self._block = fp8_block.block_size(source.config)
-            self._pieces = {p.plain.name: p for p in self._fp8_pieces()}
-        elif self._method == "mxfp4":
-            self._pieces = {p.plain.name: p for p in self._mxfp4_pieces()}
-        else:
-            raise self._fault(f"moezip cannot decode weights stored with quant_method {self._method!r}")
-        if not self._pieces:
-            raise self._fault(f"config.json says {self._method}, but no tensor is stored that way")
-
-    def _fault(self, what: str) -> ArchitectureError:
-        return ArchitectureError(
-            what,
-            where=self._source.folder / "config.json",
-            next="moezip reads plain weights, fp8 blocks (DeepSeek) and mxfp4 (gpt-oss); start from the unquantized "
-            "checkpoint",
-        )
-
-    def _fp8_pieces(self) -> Iterator[Pieces]:
-        names = set(self._source.names())
-        for name in self._source.names():
-            spec = self._source.spec(name)
-            if name + FP8_SUFFIX in names:
-                scales = self._source.spec(name + FP8_SUFFIX)
-                if len(spec.shape) != 2 or scales.shape != fp8_block.scale_shape(*spec.shape, self._block):
-                    raise self._fault(
-                        f"{name} {spec.shape} and its scales {scales.shape} do not fit blocks of {self._block}"
-                    )
-                yield Pieces(spec, scales, TensorSpec(name, "BF16", spec.shape, spec.file))
-            elif spec.dtype.startswith("F8_E4M3"):
-                raise self._fault(f"{name} is stored in fp8 without {name + FP8_SUFFIX}")
-
-    def _mxfp4_pieces(self) -> Iterator[Pieces]:
-        names = set(self._source.names())
-        for name in self._source.names():
-            for suffix, other in (MXFP4_SUFFIXES, MXFP4_SUFFIXES[::-1]):
-                if name.endswith(suffix) and name.removesuffix(suffix) + other not in names:
-                    raise self._fault(f"{name} is stored without {name.removesuffix(suffix) + other}")
-            if name.endswith(MXFP4_SUFFIXES[0]):
-                plain = name.removesuffix(MXFP4_SUFFIXES[0])
-                codes, scales = self._source.spec(name), self._source.spec(plain + MXFP4_SUFFIXES[1])
-                if len(codes.shape) != 4 or codes.shape[3] != 16 or scales.shape != codes.shape[:3]:
-                    raise self._fault(f"{name} {codes.shape} and its scales {scales.shape} do not fit together")
-                experts, out, groups, _ = codes.shape
-                yield Pieces(codes, scales, TensorSpec(plain, "BF16", (experts, 32 * groups, out), codes.file))
-
-    @property
-    def folder(self) -> Path:
-        return self._source.folder
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return {key: value for key, value in self._source.config.items() if key != "quantization_config"}
-
-    @property
-    def fingerprint(self) -> str:
-        """The stored checkpoint's: statistics taken through this view belong to it."""
-        return self._source.fingerprint
-
-    @cached_property
-    def _names(self) -> list[str]:
-        plain = {piece.codes.name: piece.plain.name for piece in self._pieces.values()}
-        hidden = {piece.scales.name for piece in self._pieces.values()}
-        return [plain.get(name, name) for name in self._source.names() if name not in hidden]
-
-    def names(self) -> list[str]:
-        return list(self._names)
-
-    def metadata(self, file: str) -> dict[str, str]:
-        return self._source.metadata(file)
-
-    def raw_header(self, file: str) -> bytes | None:
-        touched = {spec.file for piece in self._pieces.values() for spec in (piece.codes, piece.scales)}
-        return None if file in touched else self._source.raw_header(file)
-
-    def spec(self, name: str) -> TensorSpec:
-        return self._pieces[name].plain if name in self._pieces else self._source.spec(name)
-
-    def read(self, name: str, rows: range | None = None) -> torch.Tensor:
-        import torch
-
-        if name not in self._pieces:
-            return self._source.read(name, rows)
-        piece = self._pieces[name]
-        rows = self._rows(piece, rows)
-        whole = torch.empty((len(rows), *piece.plain.shape[1:]), dtype=torch.bfloat16)
-        for start, part in self._decode(piece, rows):
-            whole[start - rows.start : start - rows.start + part.shape[0]] = part
-        return whole
-
-    def chunks(self, name: str, rows: range | None = None) -> Iterator[memoryview]:
-        import torch
-
-        if name not in self._pieces:
-            yield from self._source.chunks(name, rows)
-            return
-        piece = self._pieces[name]
-        for _, part in self._decode(piece, self._rows(piece, rows)):
-            flat = part.contiguous().view(torch.uint8).flatten()
-            for start in range(0, flat.numel(), CHUNK):
-                yield flat[start : start + CHUNK].numpy().data
-
-    def _rows(self, piece: Pieces, rows: range | None) -> range:
-        whole = range(piece.plain.shape[0])
-        if rows is None:
-            return whole
-        if rows.step != 1 or not 0 <= rows.start <= rows.stop <= len(whole):
-            raise CheckpointError(
-                f"{piece.plain.name} of shape {list(piece.plain.shape)} has no rows {rows}", where=self.folder
-            )
-        return rows
-
-    def _decode(self, piece: Pieces, rows: range) -> Iterator[tuple[int, torch.Tensor]]:
-        """(first row, its decoded rows) until ``rows`` are done."""
-        if self._method == "mxfp4":
-            for expert in rows:
-                one = range(expert, expert + 1)
-                codes, scales = (self._source.read(spec.name, one) for spec in (piece.codes, piece.scales))
-                yield expert, mxfp4.decode(codes, scales).transpose(1, 2)
-            return
-        height, columns = self._block[0], piece.plain.shape[1]
-        step = max(1, CHUNK // (4 * columns * height)) * height
-        # Pieces begin where blocks begin, so that each is decoded with whole rows of scales.
-        for start in range(rows.start - rows.start % height, rows.stop, step):
-            stop = min(start + step, rows.stop)
-            codes = self._source.read(piece.codes.name, range(start, stop))
-            scales = self._source.read(piece.scales.name, range(start // height, -(-stop // height)))
-            values = fp8_block.decode(codes, scales, self._block)
-            skip = max(0, rows.start - start)
-            yield start + skip, values[skip:]
 
 
 # -- canonical experts --------------------------------------------------------------------------------------

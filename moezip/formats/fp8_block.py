@@ -7,16 +7,20 @@ is the inverse of what the weight was multiplied with before rounding). Source: 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from moezip.checkpoint.source import Source, TensorSpec
 from moezip.errors import CheckpointError
+from moezip.formats.stored import CHUNK, Stored, fault
 
 if TYPE_CHECKING:
     import torch
 
 Block = tuple[int, int]
 BLOCK: Block = (128, 128)
+SUFFIX = "_scale_inv"
 LARGEST = 448.0  # of float8_e4m3fn
 
 
@@ -101,3 +105,34 @@ def encode(weight: torch.Tensor, block: Block = BLOCK) -> tuple[torch.Tensor, to
     scaled = (tiles / scale_inv[..., :, None, :, None]).clamp(-LARGEST, LARGEST)
     codes = scaled.flatten(-2).flatten(-3, -2)[..., :rows, :columns].contiguous()
     return codes.to(torch.float8_e4m3fn), scale_inv
+
+
+def stored(source: Source) -> Iterator[Stored]:
+    """The matrices that a checkpoint stores so: ``X.weight`` with ``X.weight_scale_inv``; plain, they are BF16.
+
+    Raises:
+        ArchitectureError: factors that are missing or do not fit.
+    """
+    block, names = block_size(source.config), set(source.names())
+    for name in source.names():
+        spec = source.spec(name)
+        if name + SUFFIX in names:
+            scales = source.spec(name + SUFFIX)
+            if len(spec.shape) != 2 or scales.shape != scale_shape(*spec.shape, block):
+                raise fault(source, f"{name} {spec.shape} and its scales {scales.shape} do not fit blocks of {block}")
+            plain = TensorSpec(name, "BF16", spec.shape, spec.file)
+            yield Stored(plain, (spec, scales), partial(_rows, name=name, columns=spec.shape[1], block=block))
+        elif spec.dtype.startswith("F8_E4M3"):
+            raise fault(source, f"{name} is stored in fp8 without {name + SUFFIX}")
+
+
+def _rows(source: Source, rows: range, *, name: str, columns: int, block: Block) -> Iterator[tuple[int, torch.Tensor]]:
+    height = block[0]
+    step = max(1, CHUNK // (4 * columns * height)) * height
+    # Pieces begin where blocks begin, so that each is decoded with whole rows of scales.
+    for start in range(rows.start - rows.start % height, rows.stop, step):
+        stop = min(start + step, rows.stop)
+        codes = source.read(name, range(start, stop))
+        scales = source.read(name + SUFFIX, range(start // height, -(-stop // height)))
+        skip = max(0, rows.start - start)
+        yield start + skip, decode(codes, scales, block)[skip:]

@@ -6,15 +6,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
+from moezip.checkpoint.source import Source, TensorSpec
 from moezip.errors import CheckpointError
+from moezip.formats.stored import Stored, fault
 
 if TYPE_CHECKING:
     import torch
 
 GROUP = 32  # values per scale
 BIAS = 127
+BLOCKS, SCALES = "_blocks", "_scales"
 # Values of the codes 0 to 7 (sign 0, two exponent bits, one mantissa bit); 8 to 15 are their negatives.
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -76,3 +81,32 @@ def encode(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     code = code + (tie & (code % 2 == 1)) + 8 * torch.signbit(grouped)
     code = code.to(torch.uint8)
     return code[..., 0::2] | (code[..., 1::2] << 4), (exponent + BIAS).to(torch.uint8)
+
+
+def stored(source: Source) -> Iterator[Stored]:
+    """The tensors that a checkpoint stores so, all experts of a layer in one: ``N_blocks`` [E, out, in / 32, 16] and
+    ``N_scales`` [E, out, in / 32] are N in its plain form [E, in, out], BF16.
+
+    Raises:
+        ArchitectureError: a piece that is missing or does not fit.
+    """
+    names = set(source.names())
+    for name in source.names():
+        for suffix, other in ((BLOCKS, SCALES), (SCALES, BLOCKS)):
+            if name.endswith(suffix) and name.removesuffix(suffix) + other not in names:
+                raise fault(source, f"{name} is stored without {name.removesuffix(suffix) + other}")
+        if name.endswith(BLOCKS):
+            plain = name.removesuffix(BLOCKS)
+            codes, scales = source.spec(name), source.spec(plain + SCALES)
+            if len(codes.shape) != 4 or codes.shape[3] != GROUP // 2 or scales.shape != codes.shape[:3]:
+                raise fault(source, f"{name} {codes.shape} and its scales {scales.shape} do not fit together")
+            experts, out, groups, _ = codes.shape
+            spec = TensorSpec(plain, "BF16", (experts, GROUP * groups, out), codes.file)
+            yield Stored(spec, (codes, scales), partial(_experts, plain=plain))
+
+
+def _experts(source: Source, experts: range, *, plain: str) -> Iterator[tuple[int, torch.Tensor]]:
+    for expert in experts:
+        one = range(expert, expert + 1)
+        blocks, scales = source.read(plain + BLOCKS, one), source.read(plain + SCALES, one)
+        yield expert, decode(blocks, scales).transpose(1, 2)

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from dataclasses import replace as with_changes
 from typing import TYPE_CHECKING
 
+from moezip.checkpoint.reader import TORCH_DTYPES
 from moezip.checkpoint.source import DTYPE_BITS
 from moezip.errors import CheckpointError, PlanError
 
@@ -359,10 +360,7 @@ def require_scales(scales: torch.Tensor, what: str, next: str | None = None, whe
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype behind a safetensors name that this layout uses."""
+    """The torch dtype behind a safetensors name."""
     import torch
 
-    return {
-        "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8, "F16": torch.float16, "BF16": torch.bfloat16,
-        "F32": torch.float32,
-    }[name]  # fmt: skip
+    return getattr(torch, TORCH_DTYPES[name])
