@@ -21,8 +21,9 @@ from moezip.arch.spec import Architecture, LayerFacts
 from moezip.checkpoint.reader import Checkpoint
 from moezip.errors import CheckpointError, MoezipError, PlanError, UsageError
 from moezip.plan.allocate import combine_domains, kept_count, layer_plans, rank
-from moezip.plan.apply import Applied, runs
+from moezip.plan.apply import Applied
 from moezip.plan.plan import LayerPlan, Part, Pick, Plan, group_counts, require_keepable
+from moezip.plan.views import runs
 from tests.tiny import FAMILIES
 
 Tiny = Callable[..., Path]

@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import moezip
-from moezip.arch.experts import check_shapes
+from moezip.arch.experts import check_shapes, read_expert
 from moezip.arch.families import ARCHITECTURES, identify
-from moezip.arch.layout import Layout, tripwire
+from moezip.arch.layout import TRIPWIRE_SHAPE, Layout, tripwire
+from moezip.arch.matrices import fused_part
 from moezip.arch.ragged import RaggedExperts, neighbours
 from moezip.arch.spec import Architecture
 from moezip.calibrate.data import Rows
@@ -35,9 +36,8 @@ Widths = dict[int, list[int]]
 # Which expert of the source each expert is, and which of its neurons it keeps.
 Kept = dict[int, list[tuple[int, list[int]]]]
 
-RAGGED = [
-    name for name, entry in ARCHITECTURES.items() if not any(tensor.fused for tensor in entry.experts)
-]  # fmt: skip
+# Published with one tensor for all experts of a layer; ragged, every expert has its own.
+FUSED = [name for name, entry in ARCHITECTURES.items() if any(tensor.fused for tensor in entry.experts)]
 # Here dropping an expert equals a router logit of minus infinity: gates renormalised over the chosen k, or raw sigmoid
 # scores; no selection bias beside them. The options make it so where the config decides.
 RENORMALISED: dict[str, dict[str, Any]] = {
@@ -45,8 +45,10 @@ RENORMALISED: dict[str, dict[str, Any]] = {
     "qwen3_moe": {},
     "olmoe": {"norm_topk_prob": True},
     "jamba": {},
+    "granitemoe": {},
+    "gpt_oss": {},
 }
-families = pytest.mark.parametrize("name", RAGGED)
+families = pytest.mark.parametrize("name", ARCHITECTURES)
 
 
 # -- fixtures made by hand ----------------------------------------------------------------------------------
@@ -83,16 +85,17 @@ def ragged(folder: Path, out: Path, kept: Kept) -> Path:
         if claim.kind == "router" and claim.tensor is not None:
             axis = claim.tensor.axis  # type: ignore[union-attr]
             tensors[name] = value.index_select(axis, torch.tensor([e for e, _ in kept[claim.layer]]))
-        elif claim.kind != "expert":
+        elif claim.kind not in ("expert", "fused"):
             tensors[name] = value
     for layer, row in kept.items():
         for number, (expert, neurons) in enumerate(row):
-            for tensor in entry.experts:
-                value = source.read(tensor.template.format(layer=layer, expert=expert))
-                axis = 1 if tensor.role == "down" else 0
-                if neurons:
-                    key = tensor.template.format(layer=layer, expert=number)
-                    tensors[key] = value.index_select(axis, torch.tensor(neurons))
+            whole = read_expert(source, entry, layer, expert)
+            for tensor in entry.split.experts:
+                value, key = getattr(whole, tensor.role), tensor.template.format(layer=layer, expert=number)
+                if tensor.role == "down_bias":  # of the hidden size, and output whatever the width
+                    tensors[key] = value
+                elif neurons:
+                    tensors[key] = value.index_select(1 if tensor.role == "down" else 0, torch.tensor(neurons))
     layout = Layout({layer: tuple(len(neurons) for _, neurons in row) for layer, row in kept.items()})
     tensors[tripwire(entry, layout)] = torch.zeros(1, dtype=torch.uint8)
     out.mkdir(parents=True)
@@ -145,11 +148,12 @@ def block(model: Any, entry: Architecture, layer: int) -> Any:
 def zero_neurons(model: Any, entry: Architecture, kept: Kept) -> None:
     """Zeroes in a stock model what ``kept`` leaves out of the experts that it has."""
     for layer, row in kept.items():
-        down = block(model, entry, layer).get_submodule(entry.experts_module).down_proj
+        experts = block(model, entry, layer).get_submodule(entry.experts_module)
         for expert, neurons in row:
-            mask = torch.zeros(down.shape[2])
+            down = fused_part(experts, "down", expert)
+            mask = torch.zeros(down.shape[1])
             mask[neurons] = 1
-            down.data[expert] *= mask
+            down *= mask
 
 
 def edited(folder: Path, out: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
@@ -171,8 +175,10 @@ def test_all_widths_as_configured_is_the_stock_model(
     folder, rows = tiny(name), plain_rows()
     same = ragged(folder, tmp_path / "same", everything(Checkpoint.open(folder)))
     wanted = full_logits(load(folder, implementation), rows)
-    assert largest_difference(wanted, full_logits(load(same, implementation), rows), rows) == 0.0
-    assert largest_difference(wanted, streamed(same, rows, implementation), rows) == 0.0
+    # gpt_oss publishes matrices [in, out], whose products another kernel sums in another order
+    tolerance = REORDERED if name == "gpt_oss" else 0.0
+    assert largest_difference(wanted, full_logits(load(same, implementation), rows), rows) <= tolerance
+    assert largest_difference(wanted, streamed(same, rows, implementation), rows) <= tolerance
 
 
 @families
@@ -283,6 +289,8 @@ def test_a_dtype_reaches_every_tensor(name: str, tiny: Tiny, tmp_path: Path) -> 
     wanted = {name: tensor.dtype for name, tensor in load(folder, dtype=torch.bfloat16).state_dict().items()}
     assert torch.bfloat16 in wanted.values()
     for key, tensor in moezip.load(path, dtype=torch.bfloat16).state_dict().items():
+        if tensor.shape == TRIPWIRE_SHAPE and tensor.dtype == torch.uint8:
+            continue
         if ".experts." not in key:
             assert tensor.dtype == wanted[key], key
         elif tensor.is_floating_point():
@@ -486,14 +494,6 @@ def test_a_missing_expert_is_refused_before_it_is_made_up(tiny: Tiny, tmp_path: 
     with pytest.raises(ArchitectureError, match="the first missing is 3"):
         moezip.load(path)
     assert any("experts.3.up_proj" in finding.what for finding in verify(path, deep=False))
-
-
-@pytest.mark.parametrize("name", ["granitemoe", "gpt_oss"])
-def test_families_with_one_tensor_for_all_experts_are_refused(name: str, tiny: Tiny) -> None:
-    source = Checkpoint.open(tiny(name))
-    config = source.config | {"quantization_config": Layout({0: (4,)}).to_config()}
-    with pytest.raises(ArchitectureError, match="all experts of a layer in one tensor"):
-        identify(config).layer_facts(config)
 
 
 def test_the_layout_survives_its_config() -> None:

@@ -48,7 +48,7 @@ def read_expert(source: Source, architecture: Architecture, layer: int, expert: 
 
     Raises:
         ArchitectureError: a tensor is stored as codes.
-        CheckpointError: there is no such layer or expert.
+        CheckpointError: there is no such layer or expert, or the expert is one of width 0.
     """
     parts: dict[str, torch.Tensor] = {}
     for tensor in architecture.experts:
@@ -98,6 +98,8 @@ def check_shapes(source: Source, architecture: Architecture) -> None:
             continue
         if claim.layer is None or claim.tensor is None:
             _check_neighbour(name, architecture, facts, source)
+        if name == trip:
+            continue
             continue
         fact, shape = facts.get(claim.layer), plain.spec(name).shape
         if fact is None:
@@ -111,7 +113,7 @@ def check_shapes(source: Source, architecture: Architecture) -> None:
             continue
         if layout is not None and claim.expert is not None:
             widths = layout.widths[claim.layer]
-            if claim.expert >= len(widths) or not widths[claim.expert]:
+            if claim.expert >= len(widths) or not (widths[claim.expert] or claim.tensor.role == "down_bias"):
                 raise _disagree(f"{name} is there; by the layout there is no such expert, or its width is 0", source)
             fact = replace(fact, width=widths[claim.expert])
         wanted = plain_shape(claim.tensor, fact)
@@ -128,7 +130,8 @@ def check_shapes(source: Source, architecture: Architecture) -> None:
     for fact in facts.values():
         wide = None if layout is None else {e for e, width in enumerate(layout.widths[fact.layer]) if width}
         for tensor in architecture.experts:
-            _check_count(found.get((fact.layer, tensor), set()), tensor, fact, source, wide)
+            needed = None if tensor.role == "down_bias" else wide  # a bias is output whatever the width
+            _check_count(found.get((fact.layer, tensor), set()), tensor, fact, source, needed)
         for row in architecture.router:
             if (fact.layer, row) not in routers:
                 raise _disagree(f"{row.template.format(layer=fact.layer)} is missing", source)
@@ -137,7 +140,7 @@ def check_shapes(source: Source, architecture: Architecture) -> None:
 def plain_shape(tensor: ExpertTensor, fact: LayerFacts) -> tuple[int, ...]:
     """The stored shape of an expert tensor in its plain form."""
     inner = {"gate": fact.width, "up": fact.width, "down": fact.hidden, "gate_up": 2 * fact.width}
-    if tensor.role in ("gate_up_bias", "down_bias"):
+    if tensor.role.endswith("_bias"):
         shape: tuple[int, ...] = (inner[tensor.role.removesuffix("_bias")],)
     else:
         shape = (inner[tensor.role], fact.width if tensor.role == "down" else fact.hidden)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from moezip.arch.layout import own_format
 from moezip.arch.spec import Architecture, ExpertTensor, RouterTensor, whole_number
 from moezip.errors import ArchitectureError
 from moezip.registry import did_you_mean
@@ -306,7 +307,7 @@ REFUSED: dict[str, str] = {
 
 
 def identify(config: Config, where: object = None) -> Architecture:
-    """The table's entry for a ``config.json``.
+    """The table's entry for a ``config.json``; ``split`` where that is one of moezip's own format.
 
     Raises:
         ArchitectureError: not a model that moezip knows; the message says why, or names the nearest one that it does.
@@ -319,7 +320,8 @@ def identify(config: Config, where: object = None) -> Architecture:
             next="use the config.json that came with the weights",
         )
     if model_type in ARCHITECTURES:
-        return ARCHITECTURES[model_type]
+        entry = ARCHITECTURES[model_type]
+        return entry.split if own_format(config) else entry
     known = f"known: {', '.join(sorted(ARCHITECTURES))}"
     if model_type in REFUSED:
         raise ArchitectureError(

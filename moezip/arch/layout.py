@@ -6,9 +6,10 @@ counts and adds::
     "quantization_config": {"quant_method": "moezip", "version": 1, "bits": 16,
                             "experts": {"<decoder layer>": [width of expert 0, of expert 1, ...], ...}}
 
-Every MoE layer is listed. Expert tensors keep the family's names, gate and up [w, D], down [D, w]; an expert of width
-0, which outputs nothing, has no tensors. Router tensors have as many entries as the layer has experts. One more tensor,
-the tripwire, makes loaders that do not know the format stop: see ``tripwire``.
+Every MoE layer is listed. Every expert has tensors of its own, gate and up [w, D], down [D, w], under the family's
+names or, where the family has one tensor for all experts, those of ``Architecture.split``. An expert of width 0, which
+outputs nothing but its bias if it has one, has no other tensors. Router tensors have as many entries as the layer has
+experts. One more tensor, the tripwire, makes loaders that do not know the format stop: see ``tripwire``.
 """
 
 from __future__ import annotations
@@ -30,6 +31,12 @@ TRIPWIRE_DTYPE, TRIPWIRE_SHAPE, TRIPWIRE_VALUE = "U8", (1,), 0
 FIX = "write the checkpoint again with moezip, or use the config.json that came with the weights"
 
 
+def own_format(config: Mapping[str, Any]) -> bool:
+    """Whether a config says that its checkpoint is of moezip's own format."""
+    given = config.get("quantization_config")
+    return isinstance(given, Mapping) and given.get("quant_method") == METHOD
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """How wide every expert is.
@@ -47,9 +54,9 @@ class Layout:
         Raises:
             ArchitectureError: the config is of moezip's format, but not as this version reads it.
         """
-        given = config.get("quantization_config")
-        if not isinstance(given, Mapping) or given.get("quant_method") != METHOD:
+        if not own_format(config):
             return None
+        given = config["quantization_config"]
         if given.get("version") != VERSION or given.get("bits") != BITS:
             raise ArchitectureError(
                 f"the checkpoint is of version {given.get('version')!r} with {given.get('bits')!r} bits of moezip's "
@@ -76,19 +83,13 @@ class Layout:
         experts = {str(layer): list(row) for layer, row in sorted(self.widths.items())}
         return {"quant_method": METHOD, "version": VERSION, "bits": BITS, "experts": experts}
 
-    def facts(self, architecture: Architecture, facts: Sequence[LayerFacts]) -> list[LayerFacts]:
+    def facts(self, facts: Sequence[LayerFacts]) -> list[LayerFacts]:
         """``facts`` of the config alone with each layer's own number of experts, and its widest expert's width.
 
         Raises:
-            ArchitectureError: a family that stores all experts of a layer in one tensor, layers that do not match the
-                config's, or a number of experts that the router cannot work with.
+            ArchitectureError: layers that do not match the config's, or a number of experts that the router cannot
+                work with.
         """
-        if any(tensor.fused for tensor in architecture.experts):
-            raise ArchitectureError(
-                f"{architecture.name} stores all experts of a layer in one tensor, which cannot be ragged",
-                where="config.json",
-                next="keep the same number of experts and one width everywhere",
-            )
         if [fact.layer for fact in facts] != sorted(self.widths):
             raise _corrupt(
                 f"quantization_config.experts lists the layers {sorted(self.widths)}, by the rest of the config "
@@ -124,13 +125,14 @@ def tripwire(architecture: Architecture, layout: Layout) -> str:
     """Name of the tensor that stops loaders which do not know the format.
 
     Stock transformers fills parameters that it finds no tensors for with random numbers and warns; so it would where a
-    layer's experts all have width 0. In most other cases it finds shapes that do not fit and stops, but not for a
-    reason that anybody promises. The tripwire looks like one matrix more of the first MoE layer (its down matrix of
-    the expert after the last), has one element, and can be stacked with nothing. Every checkpoint of the format holds
-    it; moezip checks that it is there and uses it for nothing.
+    layer's experts all have width 0, or where it looks for one tensor of all experts. In most other cases it finds
+    shapes that do not fit and stops, but not for a reason that anybody promises. The tripwire looks like one matrix
+    more of the first MoE layer, as the family publishes it: its down matrix of the expert after the last, or of all
+    experts. It has one element, and can be stacked with nothing. Every checkpoint of the format holds it; moezip checks
+    that it is there and uses it for nothing.
     """
     layer = min(layout.widths)
-    down = next(tensor for tensor in architecture.experts if tensor.role == "down")
+    down = next(tensor for tensor in architecture.published or architecture.experts if tensor.role == "down")
     return down.template.format(layer=layer, expert=len(layout.widths[layer]))
 
 

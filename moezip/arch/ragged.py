@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moezip.arch.layout import TRIPWIRE_SHAPE, Layout
+from moezip.arch.layout import TRIPWIRE_SHAPE, Layout, tripwire
 from moezip.arch.spec import Architecture
 from moezip.errors import ArchitectureError
 
@@ -25,49 +25,58 @@ COUNTS = ("num_experts", "out_features")
 
 
 class Matrix(nn.Module):
-    """Holds one ``weight``. No ``nn.Linear``, because it is not called: whoever wraps Linears would wrap in vain."""
+    """Holds one ``weight`` [rows, columns], None if that is empty, and one ``bias`` [rows], None where there is none.
 
-    def __init__(self, rows: int, columns: int, **kind: Any):
+    No ``nn.Linear``, because it is not called: whoever wraps Linears would wrap in vain.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(self, rows: int, columns: int, bias: bool, **kind: Any):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, columns, **kind))
+        whole = rows and columns
+        self.register_parameter("weight", nn.Parameter(torch.empty(rows, columns, **kind)) if whole else None)
+        self.register_parameter("bias", nn.Parameter(torch.empty(rows, **kind)) if bias and rows else None)
 
 
 class Expert(nn.Module):
-    """Three matrices under the names they have on disk."""
+    """Three matrices under the names they have on disk; the last alone where an expert of width 0 has a bias."""
 
 
 class RaggedExperts(nn.Module):
     """The experts of one layer, each as wide as it is. Called like the experts modules of transformers.
 
-    Parameters are named as on disk, ``<expert>.<gate_proj>.weight``; an expert of width 0 has none. Flags and
-    activation are those of the module that it replaces, which makes it one that moezip's experts implementation can
-    run.
+    Parameters are named as on disk, ``<expert>.<gate_proj>.weight``; an expert of width 0 has no weights. The gate with
+    its activation is that of the module that it replaces, and the flags are the ones by which moezip's experts
+    implementation tells how to run it.
 
     Args:
-        stock: the module that it replaces, for its flags, activation and config.
+        stock: the module that it replaces, for its biases, gate and config.
         widths: inner size of every expert.
         names: the child that holds the matrix of each role: ``gate``, ``up``, ``down``.
         hidden: D.
         kind: ``dtype`` and ``device`` of the parameters.
     """
 
-    def __init__(
-        self, stock: Any, widths: tuple[int, ...], names: Mapping[str, str], hidden: int, **kind: Any
-    ):
+    def __init__(self, stock: Any, widths: tuple[int, ...], names: Mapping[str, str], hidden: int, **kind: Any):
         super().__init__()
-        self.config, self.act_fn = stock.config, stock.act_fn
-        self.has_gate, self.has_bias, self.is_transposed, self.is_concatenated = True, False, False, True
+        self.config = stock.config
+        self.has_gate, self.has_bias, self.is_transposed, self.is_concatenated = True, stock.has_bias, False, True
         self.has_post_expert_norm = self._is_expert_parallel = False
-        self._gating: Callable[..., torch.Tensor] = type(stock)._apply_gate
+        # A method of the stock module, which thereby stays: without memory, being on the meta device. Some gates take
+        # gate and up channels in turns, as their weights are published.
+        self._gating: Callable[[torch.Tensor], torch.Tensor] = stock._apply_gate
+        self._in_turns = not stock.is_concatenated
         self.num_experts, self.hidden_dim, self.widths = len(widths), hidden, widths
         self.intermediate_dim = max(widths)
         self._names = dict(names)
         for number, width in enumerate(widths):
-            if width:
+            if width or self.has_bias:
                 expert = Expert()
-                for role in ("gate", "up", "down"):
+                for role in ("gate", "up", "down") if width else ("down",):
                     shape = (hidden, width) if role == "down" else (width, hidden)
-                    expert.add_module(names[role], Matrix(*shape, **kind))
+                    expert.add_module(names[role], Matrix(*shape, self.has_bias, **kind))
                 self.add_module(str(number), expert)
 
     def extra_repr(self) -> str:
@@ -78,12 +87,10 @@ class RaggedExperts(nn.Module):
         found: Matrix = getattr(getattr(self, str(expert)), self._names[role])
         return found
 
-    def add_tripwire(self) -> None:
-        """A place for the tripwire of the format (``moezip.arch.layout.tripwire``), so that it is saved again."""
-        holder, leaf = Expert(), nn.Module()
-        leaf.register_buffer("weight", torch.empty(TRIPWIRE_SHAPE, dtype=torch.uint8, device="meta"))
-        holder.add_module(self._names["down"], leaf)
-        self.add_module(str(self.num_experts), holder)
+    @property
+    def down_proj_bias(self) -> list[torch.Tensor | None]:
+        """By expert: [D], what it outputs whatever its input; None where the family has no biases."""
+        return [self.matrix(e, "down").bias if self.has_bias else None for e in range(self.num_experts)]
 
     # -- running --------------------------------------------------------------------------------------------
 
@@ -116,7 +123,7 @@ class RaggedExperts(nn.Module):
         """One expert after the other, operations in the order of the ``eager`` code of transformers."""
         result = torch.zeros_like(hidden_states)
         for expert in top_k_index.unique().tolist():
-            if not self.widths[expert]:
+            if not self.widths[expert] and not self.has_bias:
                 continue
             place, token = torch.where((top_k_index == expert).T)
             inner = self._apply_gate(self.expert_linear("gate_up_proj", expert, hidden_states[token]))
@@ -125,14 +132,22 @@ class RaggedExperts(nn.Module):
         return result
 
     def expert_linear(self, name: str, expert: int, value: torch.Tensor) -> torch.Tensor:
-        """``value`` times one expert's ``gate_up_proj`` (gate channels, then up channels) or ``down_proj``."""
+        """``value`` times an expert's ``gate_up_proj`` (gate channels, then up channels) or ``down_proj``, with bias."""
         if not self.widths[expert]:  # products with empty matrices, which gradients pass through
             weight = value.new_empty((0, self.hidden_dim) if name == "gate_up_proj" else (self.hidden_dim, 0))
         elif name == "gate_up_proj":
             weight = self._gate_up(expert)
         else:
             weight = self.matrix(expert, "down").weight
-        return F.linear(value, weight)
+        return F.linear(value, weight, self._bias(name, expert) if self.has_bias else None)
+
+    def _bias(self, name: str, expert: int) -> torch.Tensor | None:
+        if name == "down_proj":
+            return self.matrix(expert, "down").bias
+        if not self.widths[expert]:
+            return None
+        both = (self.matrix(expert, role).bias for role in ("gate", "up"))
+        return torch.cat([bias for bias in both if bias is not None])
 
     def _gate_up(self, expert: int) -> torch.Tensor:
         """Gate and up as one matrix [2w, D]: without a copy where they are neighbours in memory."""
@@ -142,7 +157,10 @@ class RaggedExperts(nn.Module):
         return torch.cat([gate, up])
 
     def _apply_gate(self, inner: torch.Tensor) -> torch.Tensor:
-        return self._gating(self, inner)
+        """[n, w] of gate channels, then up channels, [n, 2w]."""
+        if self._in_turns:
+            inner = torch.stack(inner.chunk(2, dim=-1), dim=-1).flatten(-2)
+        return self._gating(inner)
 
     # -- memory ---------------------------------------------------------------------------------------------
 
@@ -190,18 +208,29 @@ def make_ragged(model: Any, architecture: Architecture, layout: Layout, *, wired
         wired: make a place for the tripwire.
     """
     names: dict[str, str] = {}
-    for tensor in architecture.experts:
+    for tensor in architecture.split.experts:
         names[tensor.role] = tensor.template.partition("{expert}.")[2].removesuffix(".weight")
     for layer, widths in layout.widths.items():
         block = model.get_submodule(f"{architecture.layers}.{layer}.{architecture.block}")
         stock = block.get_submodule(architecture.experts_module)
         old = stock.gate_up_proj
-        ragged = RaggedExperts(stock, widths, names, old.shape[-1], dtype=old.dtype, device=old.device)
-        if wired and layer == min(layout.widths):
-            ragged.add_tripwire()
+        hidden = old.shape[1 if stock.is_transposed else 2]
+        ragged = RaggedExperts(stock, widths, names, hidden, dtype=old.dtype, device=old.device)
         ragged.train(stock.training)
         setattr(block, architecture.experts_module, ragged)
         _resize_router(block, architecture, old.shape[0], len(widths))
+        if wired and layer == min(layout.widths):
+            _add_tripwire(block, tripwire(architecture, layout).partition(f".{architecture.disk_block}.")[2])
+
+
+def _add_tripwire(block: nn.Module, path: str) -> None:
+    """A place in a block for the format's tripwire (``moezip.arch.layout.tripwire``), so that it is saved again."""
+    *modules, leaf = path.split(".")
+    for name in modules:
+        if not hasattr(block, name):
+            block.add_module(name, nn.Module())
+        block = block.get_submodule(name)
+    block.register_buffer(leaf, torch.empty(TRIPWIRE_SHAPE, dtype=torch.uint8, device="meta"))
 
 
 def _resize_router(block: nn.Module, architecture: Architecture, old: int, new: int) -> None:

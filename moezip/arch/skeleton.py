@@ -122,13 +122,15 @@ class Skeleton:
         trip = None if self.layout is None else tripwire(entry, self.layout)
         for name in self.source.names():
             claim = entry.claim(name, self.source.config)
-            if claim.kind == "extra" or name == trip:
+            if claim.kind == "extra":
                 continue
             if claim.kind == "expert" and isinstance(claim.tensor, ExpertTensor):
                 module = f"{entry.layers}.{claim.layer}.{entry.block}.{entry.experts_module}"
                 if self.layout is not None:
                     own = claim.tensor.template.partition("{expert}.")[2]
                     target, fill = f"{module}.{claim.expert}.{own}", Fill(name)
+            if name == trip:
+                continue
                 else:
                     memory = "down_proj" if claim.tensor.role == "down" else "gate_up_proj"
                     target, fill = f"{module}.{memory}", Fill(name, claim.expert, claim.tensor)
@@ -180,9 +182,7 @@ class Skeleton:
             if shape != wanted:
                 found.append(f"{fill.name}: shape {shape} where the config implies {wanted}")
         for expert in range(meta.shape[0]):
-            found += [
-                f"{target}: expert {expert} has no {role} matrix" for role in roles if (expert, role) not in seen
-            ]
+            found += [f"{target}: expert {expert} has no {role} matrix" for role in roles if (expert, role) not in seen]
         return found
 
     def require_complete(self) -> None:

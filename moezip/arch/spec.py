@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
 from moezip.arch.layout import Layout
 from moezip.errors import ArchitectureError
 
-ExpertRole = Literal["gate", "up", "down", "gate_up", "gate_up_bias", "down_bias"]
+ExpertRole = Literal["gate", "up", "down", "gate_up", "gate_bias", "up_bias", "gate_up_bias", "down_bias"]
 Scoring = Literal["softmax", "sigmoid", "sparsemixer"]
 
 
@@ -151,6 +151,8 @@ class Architecture:
         config_defaults: values for keys that old configs leave out.
         notes: limits worth saying in the table.
     """
+        published: how the family publishes its experts, where ``experts`` says how moezip's own format splits them
+            (see ``split``); else empty.
 
     name: str
     experts: tuple[ExpertTensor, ...]
@@ -181,6 +183,7 @@ class Architecture:
     config_defaults: Mapping[str, Any] | None = None
     notes: str = ""
 
+    published: tuple[ExpertTensor, ...] = ()
     # -- config ---------------------------------------------------------------------------------------------
 
     def value(self, config: Mapping[str, Any], key: str) -> Any:
@@ -263,7 +266,7 @@ class Architecture:
             for layer in self.moe_layers(config)
         ]
         layout = Layout.of(config)
-        return facts if layout is None else layout.facts(self, facts)
+        return facts if layout is None else layout.facts(facts)
 
     def with_width(self, config: Mapping[str, Any], width: int) -> dict[str, Any]:
         """The config keys to change for experts of another inner size F.
@@ -294,6 +297,24 @@ class Architecture:
 
     @cached_property
     def _patterns(self) -> list[tuple[re.Pattern[str], ExpertTensor | RouterTensor]]:
+    @cached_property
+    def split(self) -> Architecture:
+        """The family as moezip's own format stores it: every expert's gate, up and down are tensors of their own.
+
+        Itself where it is published so. A family with one tensor for all experts gets names that it does not publish,
+        ``<experts>.{expert}.gate_proj.weight``, ``up_proj`` and ``down_proj``, all [out, in], and ``.bias`` [out]
+        where it has biases.
+        """
+        if not any(tensor.fused for tensor in self.experts):
+            return self
+        stem = f"{self.layers}.{{layer}}.{self.disk_block}.{self.experts_module}.{{expert}}"
+        biased = any(tensor.role == "down_bias" for tensor in self.experts)
+        roles: tuple[ExpertRole, ...] = ("gate", "up", "down")
+        biases: tuple[ExpertRole, ...] = ("gate_bias", "up_bias", "down_bias") if biased else ()
+        tensors = tuple(ExpertTensor(role, f"{stem}.{role}_proj.weight") for role in roles)
+        tensors += tuple(ExpertTensor(role, f"{stem}.{role.removesuffix('_bias')}_proj.bias") for role in biases)
+        return replace(self, experts=tensors, published=self.experts)
+
         suffix = "(?P<suffix>" + "|".join(map(re.escape, STORED_SUFFIXES)) + ")?"
         compiled: list[tuple[re.Pattern[str], ExpertTensor | RouterTensor]] = []
         claimants: tuple[ExpertTensor | RouterTensor, ...] = (*self.experts, *self.router)

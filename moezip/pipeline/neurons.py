@@ -23,9 +23,6 @@ def require_raggable(model: Opened, what: str) -> None:
     if model.source.config.get("quantization_config"):
         raise UsageError(f"a quantized checkpoint cannot have {what} yet", where=model.source.folder,
                          next="keep the same number everywhere, or start from the unquantized form")  # fmt: skip
-    if any(tensor.fused for tensor in model.architecture.experts):
-        raise UsageError(f"{model.architecture.name} has one tensor for all experts of a layer and cannot have {what}",
-                         where=model.source.folder, next="keep the same number everywhere")  # fmt: skip
 
 
 def check_neurons(method: Method, model: Opened, keep: int | None, ratio: float | None, params: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,23 +21,10 @@ from moezip.arch.spec import Claim, ExpertTensor, LayerFacts, RouterTensor
 from moezip.checkpoint.source import Source, TensorSpec
 from moezip.errors import CheckpointError, PlanError
 from moezip.plan.plan import LayerPlan, Plan
+from moezip.plan.views import Split, View, inner_entries, runs, split_roles
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """One output tensor: a source tensor, whole, or some entries of one of its axes in a given order.
-
-    ``slices`` is for a fused tensor of which every expert keeps other neurons: per kept expert, its entries of
-    ``axis``, one of the axes behind the experts'.
-    """
-
-    origin: str
-    entries: tuple[int, ...] | None = None
-    axis: int = 0
-    slices: tuple[tuple[int, ...], ...] | None = None
 
 
 # What stands for the tripwire of a ragged checkpoint, which no source tensor is behind.
@@ -62,11 +49,9 @@ class Applied:
         self._width = facts[0].width
         self._layers = {layer.layer: layer for layer in plan.layers}
         self._kept = {layer.layer: layer.kept for layer in plan.layers}
-        self._same = {
-            layer.layer: layer.whole and layer.kept == tuple(range(layer.experts)) for layer in plan.layers
-        }
+        self._same = {layer.layer: layer.whole and layer.kept == tuple(range(layer.experts)) for layer in plan.layers}
         self._layout = self._checked_layout(facts)
-        self._views: dict[str, View] = {}
+        self._views: dict[str, View | Split] = {}
         self._specs: dict[str, TensorSpec] = {}
         for name in source.names():
             claim = self.architecture.claim(name, source.config)
@@ -78,12 +63,14 @@ class Applied:
 
     # -- names ----------------------------------------------------------------------------------------------
 
-    def _seen(self, name: str, claim: Claim) -> Iterator[tuple[str, View]]:
+    def _seen(self, name: str, claim: Claim) -> Iterator[tuple[str, View | Split]]:
         """The output tensors that one source tensor becomes: none, itself, or itself under another name."""
         if claim.kind == "extra":
             if self.plan.mtp == "drop":
                 return
             yield from self._seen_extra(name)
+        elif claim.kind == "fused" and self._layout is not None:
+            yield from self._split(name, claim)
         elif claim.layer is None or claim.layer not in self._kept or self._same[claim.layer]:
             yield name, View(name)
         elif claim.kind == "expert":
@@ -129,12 +116,22 @@ class Applied:
         found = [inner_entries(claim.tensor, neurons, self._width) for neurons in kept]
         return View(name, layer.kept, found[0][1] + 1, tuple(entries for entries, _ in found))
 
+    def _split(self, name: str, claim: Claim) -> Iterator[tuple[str, Split]]:
+        """A fused tensor of a ragged output, expert by expert. One that keeps no neuron has a down bias at most."""
+        assert isinstance(claim.tensor, ExpertTensor) and claim.layer is not None
+        templates = {tensor.role: tensor.template for tensor in self.architecture.split.experts}
+        for number, pick in enumerate(self._layers[claim.layer].picks):
+            for role in split_roles(claim.tensor):
+                if pick.neurons != () or role == "down_bias":
+                    target = templates[role].format(layer=claim.layer, expert=number)
+                    yield target, Split(name, claim.tensor, pick.kept, role, pick.neurons, self._width)
+
     def _checked_layout(self, facts: Sequence[LayerFacts]) -> Layout | None:
         """The layout of a ragged output, None for a stock one.
 
         Raises:
-            PlanError, ArchitectureError: neurons that cannot be taken out of this checkpoint, or a family whose
-                experts cannot differ.
+            PlanError, ArchitectureError: neurons that cannot be taken out of this checkpoint, or layers or experts
+                that cannot differ.
         """
         plan, width = self.plan, self._width
         whole = all(layer.whole for layer in plan.layers)
@@ -160,7 +157,7 @@ class Applied:
                 next="leave them out (--set mtp=drop)",
             )  # fmt: skip
         layout = Layout({layer.layer: layer.widths(width) for layer in plan.layers})
-        layout.facts(self.architecture, facts)
+        layout.facts(facts)
         return layout
 
     def _add_tripwire(self, layout: Layout) -> None:
@@ -169,12 +166,14 @@ class Applied:
         self._views[name] = TRIPWIRE
         self._specs[name] = TensorSpec(name, TRIPWIRE_DTYPE, TRIPWIRE_SHAPE, self._source.spec(router).file)
 
-    def _add(self, target: str, view: View) -> None:
+    def _add(self, target: str, view: View | Split) -> None:
         if target in self._views:
             raise PlanError(f"two source tensors would both become {target}", where=self._source.folder)
         spec = self._source.spec(view.origin)
         shape = spec.shape
-        if view.slices is not None and view.entries is not None:
+        if isinstance(view, Split):
+            shape = view.shape(shape)
+        elif view.slices is not None and view.entries is not None:
             shape = (len(view.entries), *shape[1:])
             shape = (*shape[: view.axis], len(view.slices[0]), *shape[view.axis + 1 :])
         elif view.entries is not None:
@@ -238,6 +237,9 @@ class Applied:
         self._require_rows(spec, rows)
         if view is TRIPWIRE:
             return torch.full(TRIPWIRE_SHAPE, TRIPWIRE_VALUE, dtype=torch.uint8)
+        if isinstance(view, Split):
+            split = view.read(self._source)
+            return split if rows is None else split[rows.start : rows.stop]
         if view.entries is None:
             return self._source.read(view.origin, rows)
         if view.slices is not None:
@@ -258,6 +260,10 @@ class Applied:
         self._require_rows(spec, rows)
         if view is TRIPWIRE:
             yield memoryview(bytes([TRIPWIRE_VALUE]))
+        elif isinstance(view, Split) or (view.entries is not None and view.slices is None and view.axis > 0):
+            import torch
+
+            yield memoryview(self.read(name, rows).contiguous().view(torch.uint8).numpy().tobytes())
         elif view.entries is None:
             yield from self._source.chunks(view.origin, rows)
         elif view.slices is not None:
@@ -265,13 +271,9 @@ class Applied:
 
             for expert in self._sliced(view, rows or range(len(view.entries))):
                 yield memoryview(expert.contiguous().view(torch.uint8).numpy().tobytes())
-        elif view.axis == 0:
+        else:
             for run in runs(view.entries if rows is None else view.entries[rows.start : rows.stop]):
                 yield from self._source.chunks(view.origin, run)
-        else:
-            import torch
-
-            yield memoryview(self.read(name, rows).contiguous().view(torch.uint8).numpy().tobytes())
 
     def _sliced(self, view: View, experts: range) -> Iterator[torch.Tensor]:
         """One kept expert of a fused tensor after another, [1, ...], with its own neurons."""
@@ -304,32 +306,3 @@ class Applied:
                 if config.get(key):
                     config[key] = 0
         return config
-
-
-def inner_entries(tensor: ExpertTensor, neurons: Sequence[int], width: int) -> tuple[tuple[int, ...], int]:
-    """Where neurons sit in one expert's tensor: (entries, axis), of the 2-D matrix or 1-D bias as it is stored.
-
-    Args:
-        neurons: ascending, below ``width``, the expert's inner size F.
-    """
-    if tensor.role in ("gate_up", "gate_up_bias"):
-        if tensor.interleaved:
-            entries = tuple(place for neuron in neurons for place in (2 * neuron, 2 * neuron + 1))
-        else:
-            entries = (*neurons, *(width + neuron for neuron in neurons))
-    else:
-        entries = tuple(neurons)
-    if tensor.role == "gate_up_bias":
-        return entries, 0
-    outputs_first = not tensor.transposed
-    inner_is_output = tensor.role != "down"
-    return entries, 0 if outputs_first == inner_is_output else 1
-
-
-def runs(entries: Sequence[int]) -> Iterator[range]:
-    """Neighbouring entries as ranges: 0 1 2 5 6 -> 0..3, 5..7."""
-    start = 0
-    for i in range(1, len(entries) + 1):
-        if i == len(entries) or entries[i] != entries[i - 1] + 1:
-            yield range(entries[start], entries[i - 1] + 1)
-            start = i
