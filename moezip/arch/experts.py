@@ -93,13 +93,13 @@ def check_shapes(source: Source, architecture: Architecture) -> None:
     found: dict[tuple[int, ExpertTensor], set[int]] = {}
     routers: set[tuple[int, RouterTensor]] = set()
     for name in plain.names():
+        if name == trip:
+            continue
         claim = architecture.claim(name, config)
         if claim.kind == "extra" or name == trip:
             continue
         if claim.layer is None or claim.tensor is None:
             _check_neighbour(name, architecture, facts, source)
-        if name == trip:
-            continue
             continue
         fact, shape = facts.get(claim.layer), plain.spec(name).shape
         if fact is None:

@@ -121,6 +121,8 @@ class Skeleton:
         entry = self.architecture
         trip = None if self.layout is None else tripwire(entry, self.layout)
         for name in self.source.names():
+            if name == trip:
+                continue
             claim = entry.claim(name, self.source.config)
             if claim.kind == "extra":
                 continue
@@ -129,8 +131,6 @@ class Skeleton:
                 if self.layout is not None:
                     own = claim.tensor.template.partition("{expert}.")[2]
                     target, fill = f"{module}.{claim.expert}.{own}", Fill(name)
-            if name == trip:
-                continue
                 else:
                     memory = "down_proj" if claim.tensor.role == "down" else "gate_up_proj"
                     target, fill = f"{module}.{memory}", Fill(name, claim.expert, claim.tensor)

@@ -149,10 +149,10 @@ class Architecture:
             a prefix stands for that layer and all later ones.
         extra_count_keys: config keys that count those layers; 0 once they are dropped.
         config_defaults: values for keys that old configs leave out.
-        notes: limits worth saying in the table.
-    """
         published: how the family publishes its experts, where ``experts`` says how moezip's own format splits them
             (see ``split``); else empty.
+        notes: limits worth saying in the table.
+    """
 
     name: str
     experts: tuple[ExpertTensor, ...]
@@ -181,9 +181,9 @@ class Architecture:
     extra_prefixes: tuple[str, ...] = ()
     extra_count_keys: tuple[str, ...] = ()
     config_defaults: Mapping[str, Any] | None = None
+    published: tuple[ExpertTensor, ...] = ()
     notes: str = ""
 
-    published: tuple[ExpertTensor, ...] = ()
     # -- config ---------------------------------------------------------------------------------------------
 
     def value(self, config: Mapping[str, Any], key: str) -> Any:
@@ -296,8 +296,6 @@ class Architecture:
     # -- names ----------------------------------------------------------------------------------------------
 
     @cached_property
-    def _patterns(self) -> list[tuple[re.Pattern[str], ExpertTensor | RouterTensor]]:
-    @cached_property
     def split(self) -> Architecture:
         """The family as moezip's own format stores it: every expert's gate, up and down are tensors of their own.
 
@@ -315,6 +313,8 @@ class Architecture:
         tensors += tuple(ExpertTensor(role, f"{stem}.{role.removesuffix('_bias')}_proj.bias") for role in biases)
         return replace(self, experts=tensors, published=self.experts)
 
+    @cached_property
+    def _patterns(self) -> list[tuple[re.Pattern[str], ExpertTensor | RouterTensor]]:
         suffix = "(?P<suffix>" + "|".join(map(re.escape, STORED_SUFFIXES)) + ")?"
         compiled: list[tuple[re.Pattern[str], ExpertTensor | RouterTensor]] = []
         claimants: tuple[ExpertTensor | RouterTensor, ...] = (*self.experts, *self.router)
