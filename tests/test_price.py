@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from moezip.calibrate.backward import Backward
+from moezip.calibrate.gradient_sums import Gates
 from moezip.calibrate.record import GRADIENT_RECORDS, RECORDS
 from moezip.calibrate.run import calibrate
 from moezip.calibrate.statistics import Domain, Statistics
@@ -22,16 +21,6 @@ from tests.test_backward import rows_of
 from tests.tiny import token_ids
 
 ROUNDING = 1e-12  # float64 algebra in another order
-
-
-def drops(
-    gates: torch.Tensor, pushes: torch.Tensor, *, renormalised: bool, softmax: bool, scale: float
-) -> torch.Tensor:
-    """``Backward._renormalised_drops`` without a model around it."""
-    bare: Any = SimpleNamespace(
-        _trace=SimpleNamespace(gates=gates), _renormalised=renormalised, _softmax=softmax, _gate_scale=scale
-    )
-    return Backward._renormalised_drops(bare, pushes)
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.5])
@@ -52,7 +41,7 @@ def test_the_change_of_a_dropped_expert_is_that_of_the_block_itself(scale: float
     gates = gates_of(probabilities)
     before = (gates[:, :, None] * outputs).sum(1)
     pushes = gates * (outputs @ gradient[:, :, None])[:, :, 0]
-    found = drops(gates, pushes, renormalised=renormalised, softmax=True, scale=scale)
+    found = Gates(renormalised, softmax=True, scale=scale).renormalised_drops(gates, pushes)
     for place in range(top_k):
         without = probabilities.scatter(1, ids[:, place : place + 1], 0.0)
         without = without / without.sum(1, keepdim=True)  # the softmax over the experts that are left
@@ -63,13 +52,14 @@ def test_the_change_of_a_dropped_expert_is_that_of_the_block_itself(scale: float
 
 def test_gates_that_do_not_share_anything_only_lose_the_expert() -> None:
     pushes = torch.tensor([[0.5, -2.0]], dtype=torch.float64)
-    found = drops(torch.ones(1, 2), pushes, renormalised=False, softmax=False, scale=1.0)
+    found = Gates(renormalised=False, softmax=False, scale=1.0).renormalised_drops(torch.ones(1, 2), pushes)
     assert torch.equal(found.abs(), pushes.abs())
 
 
 def test_an_expert_with_the_whole_gate_only_takes_its_output_away() -> None:
     pushes = torch.tensor([[3.0]], dtype=torch.float64)
-    assert drops(torch.ones(1, 1), pushes, renormalised=True, softmax=True, scale=1.0).tolist() == [[-3.0]]
+    gates = Gates(renormalised=True, softmax=True, scale=1.0)
+    assert gates.renormalised_drops(torch.ones(1, 1), pushes).tolist() == [[-3.0]]
 
 
 def priced_domain(name: str, sums: list[float], scored: int) -> Domain:

@@ -21,12 +21,10 @@ from math import frexp, ldexp
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
-from moezip.arch.spec import LayerFacts
 from moezip.calibrate.capture import Capture
 from moezip.calibrate.choices import Choices, Recorded, held
 from moezip.calibrate.data import Rows
+from moezip.calibrate.gradient_sums import Gates, gradient_sums
 from moezip.calibrate.hidden import HiddenStates
 from moezip.calibrate.kept import Kept, Standing, disk_bytes
 from moezip.calibrate.record import GRADIENT_RECORDS
@@ -88,9 +86,11 @@ class Backward:
         entry, config = stream.skeleton.architecture, stream.source.config
         self._entry = entry
         self._facts = {fact.layer: fact for fact in entry.layer_facts(config)}
-        self._renormalised = entry.gates_renormalised(config)
-        self._softmax = entry.scoring == "softmax"
-        self._gate_scale = float(config.get("routed_scaling_factor") or 1.0)
+        self._gates = Gates(
+            entry.gates_renormalised(config),
+            entry.scoring == "softmax",
+            float(config.get("routed_scaling_factor") or 1),
+        )
         self._head_scale = HEAD_SCALE if stream.skeleton.dtype == torch.float16 else 1.0
         self._trace, self._recorded = Trace(), Recorded()
         self._generator = torch.Generator().manual_seed(seed)
@@ -279,7 +279,7 @@ class Backward:
 
     @contextmanager
     def _watched(self, index: int) -> Iterator[None]:
-        """Holds the layer's router to the recorded choices, and its experts' activations for ``_sums``."""
+        """Holds the layer's router to the recorded choices, and its experts' activations for the sums."""
         if index not in self._facts:
             yield
             return
@@ -309,7 +309,7 @@ class Backward:
                     next="this is a fault in moezip: report it with the architecture's name",
                 )
             mask = None if self.rows.mask is None else self.rows.mask[start:stop]
-            sums = self._sums(self._facts[index], mask, scale)
+            sums = gradient_sums(self._trace, self._facts[index], self._gates, mask, scale)
             self._trace.clear()
             return sums
 
@@ -342,62 +342,6 @@ class Backward:
                 next="the weights may be damaged (run `moezip verify`), or the dtype overflows",
             )
         return scale, hidden.grad.float().cpu() / scale
-
-    def _sums(self, fact: LayerFacts, mask: torch.Tensor | None, scale: float) -> dict[str, Array]:
-        """What one micro-batch, whose gradients are ``scale`` times too large, adds to the sums of one layer."""
-        import torch
-
-        trace = self._trace
-        found = {record.name: np.zeros(record.shape(fact)) for record in GRADIENT_RECORDS}
-        valid = None if mask is None else mask.reshape(-1).to(trace.ids.device)
-        top_k = trace.ids.shape[1]
-        # a = g_i (G . f_i) of every choice: the inner product of activation and gradient, plus the bias's share
-        push = torch.zeros(trace.ids.numel(), dtype=torch.float64, device=trace.ids.device)
-        for part in trace.parts:
-            count = part.slots.numel()
-            u = part.inner.detach()[:count].float()
-            gradient = part.inner.grad
-            assert gradient is not None
-            v = gradient[:count].float()
-            here = (u * v).sum(1).double()
-            if part.output is not None and part.bias is not None and part.output.grad is not None:
-                here += (part.output.grad.float() * part.bias.float()).sum(1).double()
-            push[part.slots] = here / scale
-            if valid is not None:
-                real = valid[part.slots // top_k]
-                u, v = u[real], v[real]
-            found["routed"][part.expert] = u.shape[0]
-            found["inner_square"][part.expert] = u.square().sum(0).double().cpu().numpy()
-            found["inner_grad_square"][part.expert] = v.square().sum(0).double().cpu().numpy() / scale**2
-            found["inner_product_square"][part.expert] = (u * v).square().sum(0).double().cpu().numpy() / scale**2
-        pushes = push.view(-1, top_k)
-        drops = {"drop_square": pushes.square(), "drop_renormalised_square": self._renormalised_drops(pushes).square()}
-        for name, squares in drops.items():
-            if valid is not None:
-                squares = squares * valid[:, None]
-            sums = torch.bincount(trace.ids.reshape(-1), squares.reshape(-1), minlength=fact.experts)
-            found[name] = sums.double().cpu().numpy()
-        return found
-
-    def _renormalised_drops(self, pushes: torch.Tensor) -> torch.Tensor:
-        """First-order change of the loss of each token if one of its experts goes and the other gates grow, [T, k].
-
-        With p the share of the gate that goes: p / (1 - p) * (G.y - total * G.f). Gates that are divided by their sum
-        share that sum; softmax gates that are not share the whole softmax; others do not move.
-        """
-        import torch
-
-        gates = self._trace.gates.double()
-        if self._renormalised:
-            total = gates.sum(1, keepdim=True)
-        elif self._softmax:
-            total = torch.full_like(gates[:, :1], self._gate_scale)
-        else:
-            return pushes
-        share = gates / total
-        # an expert that has the whole gate leaves nothing to grow: only taking its output away is left
-        grown = share / (1 - share) * (pushes.sum(1, keepdim=True) - total * pushes / gates.clamp_min(1e-30))
-        return torch.where((share < 1 - 1e-9) & (gates > 0), grown, -pushes)
 
 
 def _scale(peak: float) -> float:

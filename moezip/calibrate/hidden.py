@@ -20,9 +20,15 @@ class HiddenStates:
         dtype: of the model.
         file: memory-mapped file to keep them in; None keeps them in memory. The file is mapped anew for every access,
             because pages of a standing map would count as resident memory and grow to the whole file.
+        there: the file is complete and is gone on with; else it is made anew.
+
+    Raises:
+        MoezipError: too little disk, or a file that should be there is not, or has another size.
     """
 
-    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, file: Path | None = None):
+    def __init__(
+        self, shape: tuple[int, int, int], dtype: torch.dtype, file: Path | None = None, *, there: bool = False
+    ):
         import torch
 
         self.shape, self.dtype, self.file = shape, dtype, file
@@ -30,6 +36,9 @@ class HiddenStates:
         self._memory: torch.Tensor | None = None
         if file is None:
             self._memory = torch.empty(shape, dtype=dtype)
+            return
+        if there:
+            self._require(file)
             return
         file.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(file.parent).free
@@ -93,14 +102,35 @@ class HiddenStates:
         import numpy as np
         import torch
 
-        if file.stat().st_size != self.bytes:
-            raise MoezipError(
-                f"saved hidden states have {file.stat().st_size} bytes, {self.bytes} were expected", where=file,
-                next="start afresh without --resume",
-            )  # fmt: skip
+        self._require(file)
         for start in range(self.shape[0]):
             row = np.fromfile(file, np.uint8, self.row_bytes, offset=start * self.row_bytes)
             self.write(start, start + 1, torch.from_numpy(row).view(self.dtype).view(1, *self.shape[1:]))
+
+    def _require(self, file: Path) -> None:
+        """Raises MoezipError unless ``file`` is there with as many bytes as these hidden states have."""
+        size = file.stat().st_size if file.is_file() else 0
+        if size != self.bytes:
+            raise MoezipError(
+                f"saved hidden states have {size} bytes, {self.bytes} were expected", where=file,
+                next="start afresh without --resume",
+            )  # fmt: skip
+
+    def copy_from(self, other: HiddenStates) -> None:
+        """Takes all rows of another of the same shape and dtype; between files without passing through memory."""
+        if self.file is not None and other.file is not None:
+            shutil.copyfile(other.file, self.file)
+            return
+        for start in range(self.shape[0]):
+            self.write(start, start + 1, other.read(start, start + 1))
+
+    def sync(self) -> None:
+        """Forces the file to disk, so that it outlives the process and the machine."""
+        import os
+
+        if self.file is not None:
+            with self.file.open("rb+") as file:
+                os.fsync(file.fileno())
 
     def close(self) -> None:
         """Gives memory and file back."""
