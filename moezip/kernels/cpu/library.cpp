@@ -1,0 +1,181 @@
+// The library's face: plain C functions over plain arrays, threads, and the choice of the instruction set.
+//
+// Every function takes the number of an instruction set (moezip_best() names the best one here) and of threads, keeps
+// no state, and returns 0, or 1 where memory or 2 where a thread could not be had. Arguments are not checked here.
+#include "kernels.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <exception>
+#include <new>
+#include <thread>
+#include <vector>
+
+#define MOEZIP_API extern "C" __attribute__((visibility("default")))
+
+namespace moezip {
+
+namespace baseline {
+extern const Kernels kernels;
+}
+#if defined(MOEZIP_X86)
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx512bf16 {
+extern const Kernels kernels;
+}
+static const Kernels* const SETS[] = {&baseline::kernels, &avx2::kernels, &avx512::kernels, &avx512bf16::kernels};
+#else
+static const Kernels* const SETS[] = {&baseline::kernels};
+#endif
+
+static int best() {
+#if defined(MOEZIP_X86)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) return 3;
+  if (avx512) return 2;
+  if (avx2) return 1;
+#endif
+  return 0;
+}
+
+// Calls work(first, last) over [0, items) in pieces, from as many threads as there is work for. The pieces are few and
+// large, and taken one after the other, so that a thread that loses its core delays the others by one piece at most.
+template <class Work>
+static int share(int threads, int64_t items, int64_t least, const Work& work) {
+  if (items <= 0) return OK;
+  const int64_t most = (items + least - 1) / least;
+  if (threads > most) threads = (int)most;
+  if (threads <= 1) return work(0, items);
+  int64_t piece = items / (8 * (int64_t)threads);
+  piece = piece < least ? least : piece / least * least;
+  std::atomic<int64_t> next{0};
+  std::atomic<int> failed{OK};
+  auto run = [&] {
+    for (;;) {
+      const int64_t first = next.fetch_add(piece);
+      if (first >= items || failed.load()) return;
+      const int result = work(first, first + piece < items ? first + piece : items);
+      if (result) failed.store(result);
+    }
+  };
+  try {
+    std::vector<std::thread> others;
+    others.reserve((size_t)threads - 1);
+    try {
+      while ((int)others.size() < threads - 1) others.emplace_back(run);
+    } catch (const std::exception&) {
+      // fewer threads than asked for: those there are do all of the work
+    }
+    run();
+    for (auto& other : others) other.join();
+  } catch (const std::bad_alloc&) {
+    return NO_MEMORY;
+  }
+  return failed.load();
+}
+
+// Rows that are worth a thread of their own when a row costs `columns` cheap steps.
+static int64_t worth(int64_t columns) { return columns > 0 ? (1 << 17) / columns + 1 : 1; }
+
+}  // namespace moezip
+
+using namespace moezip;
+
+MOEZIP_API const char* moezip_source() { return MOEZIP_SOURCE; }
+MOEZIP_API int moezip_best() { return best(); }
+MOEZIP_API int moezip_sets() { return (int)(sizeof(SETS) / sizeof(SETS[0])); }
+MOEZIP_API const char* moezip_name(int set) { return SETS[set]->name; }
+
+MOEZIP_API int moezip_gptq(int set, int threads, const float* weight, int64_t rows, int64_t columns,
+                           const float* factor, int64_t stride, const int32_t* groups, int64_t count, float* scales,
+                           float* zeros, int bits, const int32_t* order, int64_t group, int symmetric, int dropped,
+                           const float* candidates, int64_t shares, const float* importance, uint8_t* codes,
+                           float* errors, float* loss) {
+  // no candidates: the scales are given
+  const Search search = {group, bits, symmetric != 0, dropped, candidates, shares, importance};
+  const Gptq job = {weight, rows,  columns, factor,                        stride, groups, count, scales,
+                    zeros,  bits,  order,   candidates ? &search : nullptr, codes,  errors, loss};
+  const Kernels& use = *SETS[set];
+  return share(threads, rows, use.tile, [&](int64_t first, int64_t last) { return use.gptq(job, first, last); });
+}
+
+MOEZIP_API int moezip_clip(int set, int threads, const float* weight, int64_t rows, int64_t columns, int64_t group,
+                           int bits, int symmetric, int dropped, const float* candidates, int64_t shares,
+                           const float* importance, float* scales, float* zeros) {
+  const Clip job = {weight, rows, columns, {group, bits, symmetric != 0, dropped, candidates, shares, importance},
+                    scales, zeros};
+  const Kernels& use = *SETS[set];
+  return share(threads, rows, use.tile, [&](int64_t first, int64_t last) { return use.clip(job, first, last); });
+}
+
+MOEZIP_API int moezip_round(int set, int threads, const float* weight, int64_t rows, int64_t columns,
+                            const float* scales, const float* zeros, int64_t group, int bits, uint8_t* codes) {
+  Codes job = {};
+  job.rows = rows, job.columns = columns, job.group = group, job.bits = bits;
+  job.weight = weight, job.scales = scales, job.zeros = zeros, job.codes = codes;
+  const Kernels& use = *SETS[set];
+  return share(threads, rows, worth(columns),
+               [&](int64_t first, int64_t last) { return use.round(job, first, last); });
+}
+
+MOEZIP_API int moezip_pack(int set, int threads, uint8_t* codes, int64_t rows, int64_t columns, int bits,
+                           uint32_t* packed, int64_t words) {
+  Codes job = {};
+  job.rows = rows, job.columns = columns, job.words = words, job.bits = bits, job.codes = codes, job.packed = packed;
+  const Kernels& use = *SETS[set];
+  return share(threads, rows, worth(columns), [&](int64_t first, int64_t last) { return use.pack(job, first, last); });
+}
+
+MOEZIP_API int moezip_unpack(int set, int threads, uint32_t* packed, int64_t rows, int64_t words, int bits,
+                             int64_t columns, uint8_t* codes) {
+  Codes job = {};
+  job.rows = rows, job.columns = columns, job.words = words, job.bits = bits, job.codes = codes, job.packed = packed;
+  const Kernels& use = *SETS[set];
+  return share(threads, rows, worth(columns),
+               [&](int64_t first, int64_t last) { return use.unpack(job, first, last); });
+}
+
+MOEZIP_API int moezip_dequantize(int set, int threads, uint32_t* packed, int64_t rows, int64_t words,
+                                 const float* scales, const float* zeros, int64_t group, int bits, int64_t columns,
+                                 float* values, uint16_t* halves) {
+  Codes job = {};
+  job.rows = rows, job.columns = columns, job.words = words, job.group = group, job.bits = bits;
+  job.scales = scales, job.zeros = zeros, job.packed = packed, job.values = values, job.halves = halves;
+  const Kernels& use = *SETS[set];
+  return share(threads, rows, worth(columns),
+               [&](int64_t first, int64_t last) { return use.dequantize(job, first, last); });
+}
+
+MOEZIP_API int moezip_moment(int set, int threads, const float* values, const uint16_t* halves, const float* weights,
+                             int64_t tokens, int64_t columns, float* out) {
+  const Kernels& use = *SETS[set];
+  const int64_t round = 256;  // tokens whose products are summed before they meet the result
+  const int64_t panels = (columns + use.panel - 1) / use.panel;
+  const int64_t longest = tokens < round ? tokens : round;
+  const size_t size = (size_t)(panels * use.panel) * (size_t)(longest + 1) * 4;
+  float* right = static_cast<float*>(malloc(size + 64));
+  float* left = weights ? static_cast<float*>(malloc(size + 64)) : right;
+  int result = right && left ? OK : NO_MEMORY;
+  for (int64_t first = 0; first < tokens && !result; first += round) {
+    const Moment job = {values, halves, weights, tokens, columns, out, first,
+                        first + round < tokens ? first + round : tokens, left, right};
+    result = share(threads, panels, 8, [&](int64_t a, int64_t b) { return use.moment_panel(job, a, b); });
+    if (!result) result = share(threads, panels, 1, [&](int64_t a, int64_t b) { return use.moment_block(job, a, b); });
+  }
+  const int64_t square = 32;
+  for (int64_t i = 0; i < columns && !result; i += square)
+    for (int64_t j = 0; j <= i; j += square)
+      for (int64_t a = i; a < columns && a < i + square; ++a)
+        for (int64_t b = j; b < a && b < j + square; ++b) out[a * columns + b] = out[b * columns + a];
+  if (weights) free(left);
+  free(right);
+  return result;
+}

@@ -1,0 +1,85 @@
+// Vectors of the widest kind that this copy of the code may use. MOEZIP_ISA names the copy.
+//
+// Compiled with -ffp-contract=off: a multiplication and an addition are fused only where fused() says so, so that codes
+// and scales do not depend on the instruction set.
+#pragma once
+#include "kernels.h"
+
+#include <cstdlib>
+#include <cstring>
+
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#endif
+
+namespace moezip {
+namespace MOEZIP_ISA {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, WIDE = 4, ROWS_AT_ONCE = 8;
+#elif defined(__AVX2__) && defined(__FMA__)
+constexpr int LANES = 8, WIDE = 2, ROWS_AT_ONCE = 4;
+#else
+constexpr int LANES = 4, WIDE = 2, ROWS_AT_ONCE = 4;
+#endif
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
+typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+static inline vec load(const float* from) { return *reinterpret_cast<const loose*>(from); }
+static inline void store(float* to, vec v) { *reinterpret_cast<loose*>(to) = v; }
+
+static inline vec splat(float x) {
+  vec v;
+  for (int i = 0; i < LANES; ++i) v[i] = x;
+  return v;
+}
+
+// sum - a * b and sum + a * b, rounded once where the hardware can.
+static inline vec fused_less(vec a, vec b, vec sum) {
+#if defined(__AVX512F__)
+  return (vec)_mm512_fnmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return (vec)_mm256_fnmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#else
+  return sum - a * b;
+#endif
+}
+
+static inline vec fused_more(vec a, vec b, vec sum) {
+#if defined(__AVX512F__)
+  return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#else
+  return sum + a * b;
+#endif
+}
+
+static inline vec smaller(vec a, vec b) { return a < b ? a : b; }  // b if a is NaN
+static inline vec larger(vec a, vec b) { return a > b ? a : b; }
+
+// Nearest integer, ties to even, for numbers from 0 to 2^22: adding 1.5 * 2^23 leaves no bits after the point.
+constexpr float SHIFT = 12582912.0f;
+static inline vec nearest(vec x) { return (x + SHIFT) - SHIFT; }
+
+// clamp(rint(weight / scale + zero), 0, top), with inverse = 1 / scale.
+static inline vec quantized(vec weight, vec inverse, vec zero, vec top) {
+  return nearest(smaller(larger(weight * inverse + zero, vec{}), top));
+}
+
+// Significand cut to what is stored, ties to even.
+static inline vec stored(vec scale, int dropped) {
+  if (!dropped) return scale;
+  uvec bits = (uvec)scale;
+  bits += ((1u << (dropped - 1)) - 1) + ((bits >> dropped) & 1);
+  return (vec)(bits & ~((1u << dropped) - 1));
+}
+
+static inline float* floats(int64_t count) {
+  return static_cast<float*>(aligned_alloc(64, (static_cast<size_t>(count) * 4 + 63) / 64 * 64 + 64));
+}
+
+}  // namespace MOEZIP_ISA
+}  // namespace moezip

@@ -1,0 +1,211 @@
+"""The C++ library behind ctypes: found or built, loaded, and called with the arrays' addresses.
+
+Its functions have the names and arguments of ``reference``, and like there arrive checked; ctypes lets other Python
+threads run during a call. Outputs are made here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moezip.kernels import build
+from moezip.kernels.reference import DROPPED
+
+Floats = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
+
+# Arguments of each function, by letter: p address, l int64, i int.
+_KINDS = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int}
+_ARGUMENTS = {
+    "moezip_gptq": "ii pll pl plpp i p lii pl p ppp",
+    "moezip_clip": "ii pll liii pl p pp",
+    "moezip_round": "ii pll pp li p",
+    "moezip_pack": "ii pll i pl",
+    "moezip_unpack": "ii pll i l p",
+    "moezip_dequantize": "ii pll pp lil pp",
+    "moezip_moment": "ii ppp ll p",
+}
+_FAILURES = {1: "out of memory in a kernel"}
+
+
+class StaleError(Exception):
+    """A library that was built from other sources than those beside this file."""
+
+
+def _at(array: NDArray | None) -> int | None:
+    return None if array is None else array.ctypes.data
+
+
+class Native:
+    """The kernels of one loaded library, for one instruction set."""
+
+    def __init__(self, file: Path, isa: str | None = None):
+        """Loads ``file``; ``isa`` asks for another instruction set than the best one that the machine has.
+
+        Raises:
+            OSError: the file is no library for this machine.
+            StaleError: it was built from other sources.
+            ValueError: the machine lacks ``isa``.
+        """
+        self.file = file
+        self._library = ctypes.CDLL(str(file))
+        for name, letters in _ARGUMENTS.items():
+            function = getattr(self._library, name, None)
+            if function is None:
+                raise StaleError(f"{file} was built from other sources")
+            function.argtypes = [_KINDS[letter] for letter in letters.replace(" ", "")]
+            function.restype = ctypes.c_int
+        self._library.moezip_source.restype = self._library.moezip_name.restype = ctypes.c_char_p
+        if self._library.moezip_source().decode() != build.fingerprint():
+            raise StaleError(f"{file} was built from other sources")
+        best = self._library.moezip_best()
+        self.sets = [self._library.moezip_name(number).decode() for number in range(best + 1)]
+        if isa is not None and isa not in self.sets:
+            raise ValueError(f"this machine has no {isa}, it has {', '.join(self.sets)}")
+        self._set = best if isa is None else self.sets.index(isa)
+        self.isa = self.sets[self._set]
+
+    def _call(self, name: str, threads: int, *arguments: int | None) -> None:
+        failed = getattr(self._library, name)(self._set, threads, *arguments)
+        if failed:
+            raise MemoryError(_FAILURES.get(failed, f"a kernel failed with {failed}"))
+
+    def gptq(
+        self,
+        weight: Floats,
+        factor: Floats,
+        groups: NDArray[np.int32],
+        scales: Floats,
+        zeros: Floats,
+        bits: int,
+        order: NDArray[np.int32],
+        threads: int,
+    ) -> tuple[Bytes, Floats, Floats]:
+        rows, columns = weight.shape
+        codes, errors, loss = _outputs(rows, columns)
+        self._call(
+            "moezip_gptq", threads, _at(weight), rows, columns, _at(factor), factor.strides[0] // 4, _at(groups),
+            scales.shape[1], _at(scales), _at(zeros), bits, _at(order), 0, 0, 0, None, 0, None, _at(codes),
+            _at(errors), _at(loss),
+        )  # fmt: skip
+        return codes, errors, loss
+
+    def gptq_refit(
+        self,
+        weight: Floats,
+        factor: Floats,
+        group: int,
+        bits: int,
+        symmetric: bool,
+        candidates: Floats,
+        importance: Floats,
+        scale_dtype: str,
+        order: NDArray[np.int32],
+        threads: int,
+    ) -> tuple[Bytes, Floats, Floats, Floats, Floats]:
+        rows, columns = weight.shape
+        codes, errors, loss = _outputs(rows, columns)
+        scales = np.empty((rows, columns // group), np.float32)
+        zeros = np.empty_like(scales)
+        self._call(
+            "moezip_gptq", threads, _at(weight), rows, columns, _at(factor), factor.strides[0] // 4, None,
+            scales.shape[1], _at(scales), _at(zeros), bits, _at(order), group, symmetric, DROPPED[scale_dtype],
+            _at(candidates), len(candidates), _at(importance), _at(codes), _at(errors), _at(loss),
+        )  # fmt: skip
+        return codes, errors, loss, scales, zeros
+
+    def clip_search(
+        self,
+        weight: Floats,
+        group: int,
+        bits: int,
+        symmetric: bool,
+        candidates: Floats,
+        importance: Floats,
+        scale_dtype: str,
+        threads: int,
+    ) -> tuple[Floats, Floats]:
+        rows, columns = weight.shape
+        scales = np.empty((rows, columns // group), np.float32)
+        zeros = np.empty_like(scales)
+        self._call(
+            "moezip_clip", threads, _at(weight), rows, columns, group, bits, symmetric, DROPPED[scale_dtype],
+            _at(candidates), len(candidates), _at(importance), _at(scales), _at(zeros),
+        )  # fmt: skip
+        return scales, zeros
+
+    def round_codes(self, weight: Floats, scales: Floats, zeros: Floats, group: int, bits: int, threads: int) -> Bytes:
+        codes = np.empty(weight.shape, np.uint8)
+        self._call(
+            "moezip_round", threads, _at(weight), *weight.shape, _at(scales), _at(zeros), group, bits, _at(codes)
+        )
+        return codes
+
+    def pack(self, codes: Bytes, bits: int, threads: int) -> NDArray[np.int32]:
+        rows, columns = codes.shape
+        packed = np.empty((rows, -(-columns * bits // 32)), np.int32)
+        self._call("moezip_pack", threads, _at(codes), rows, columns, bits, _at(packed), packed.shape[1])
+        return packed
+
+    def unpack(self, packed: NDArray[np.int32], bits: int, columns: int, threads: int) -> Bytes:
+        codes = np.empty((len(packed), columns), np.uint8)
+        self._call("moezip_unpack", threads, _at(packed), *packed.shape, bits, columns, _at(codes))
+        return codes
+
+    def dequantize(
+        self,
+        packed: NDArray[np.int32],
+        scales: Floats,
+        zeros: Floats,
+        group: int,
+        bits: int,
+        columns: int,
+        bf16: bool,
+        threads: int,
+    ) -> Floats | NDArray[np.uint16]:
+        values: NDArray = np.empty((len(packed), columns), np.uint16 if bf16 else np.float32)
+        self._call(
+            "moezip_dequantize", threads, _at(packed), *packed.shape, _at(scales), _at(zeros), group, bits, columns,
+            None if bf16 else _at(values), _at(values) if bf16 else None,
+        )  # fmt: skip
+        return values
+
+    def second_moment(self, x: NDArray, out: Floats, weights: Floats | None, threads: int) -> None:
+        halves = x.dtype == np.uint16
+        self._call(
+            "moezip_moment", threads, None if halves else _at(x), _at(x) if halves else None, _at(weights),
+            *x.shape, _at(out),
+        )  # fmt: skip
+
+
+def _outputs(rows: int, columns: int) -> tuple[Bytes, Floats, Floats]:
+    return (
+        np.empty((rows, columns), np.uint8),
+        np.empty((rows, columns), np.float32),
+        np.empty(rows, np.float32),
+    )
+
+
+def find(isa: str | None = None) -> Native:
+    """The library that came with the package, one built before, or one built now.
+
+    Raises:
+        build.BuildError: there is none, and none can be built.
+        ValueError: the machine lacks ``isa``.
+    """
+    kept = build.cache_folder() / f"kernels-{build.fingerprint()}.so"
+    for file in (Path(__file__).with_name(build.LIBRARY), kept):
+        if file.exists():
+            try:
+                return Native(file, isa)
+            except (OSError, StaleError):
+                continue  # of another machine, or of other sources: the next one, or a new one
+    build.build(kept)
+    try:
+        return Native(kept, isa)
+    except (OSError, StaleError) as error:
+        raise build.BuildError(f"the library was built, but does not load: {error}") from error

@@ -1,0 +1,85 @@
+"""Does a library compute what the numpy twins compute? A few milliseconds, asked before a library is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from moezip.kernels import SHRINK, reference
+
+# Sums of products in another order, in fp32.
+SUMS = 1e-4
+# A weight within rounding of half a step may go the other way, and moves the ones after it; so few do at these sizes.
+CODES = 0.02
+LOSS = 1e-2
+
+
+def _problem(rows: int, columns: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A weight [R, C], inputs [2 C + 5, C] with correlated columns, and the factor of their second moment."""
+    chance = np.random.default_rng(seed)
+    weight = (0.02 * chance.standard_normal((rows, columns))).astype(np.float32)
+    mixed = np.eye(columns) + 0.3 * chance.standard_normal((columns, columns)) / columns**0.5
+    inputs = (chance.standard_normal((2 * columns + 5, columns)) @ mixed).astype(np.float32)
+    moment = inputs.astype(np.float64).T @ inputs / len(inputs)
+    moment[np.diag_indices(columns)] += 0.01 * moment.diagonal().mean()
+    return weight, inputs, np.ascontiguousarray(np.linalg.inv(np.linalg.cholesky(moment)).T.astype(np.float32))
+
+
+def checks(
+    native: Any, rows: int = 19, columns: int = 96, threads: int = 2
+) -> Iterator[tuple[str, Callable[[], bool]]]:
+    """(what, does it agree) for every kernel, at all widths."""
+    weight, inputs, factor = _problem(rows, columns, seed=1)
+    group, shares, order = 32, np.array(SHRINK[::3], np.float32), np.arange(columns, dtype=np.int32)
+    owner, importance = order // group, np.linspace(0.5, 2, columns, dtype=np.float32)
+    halves = (inputs.view(np.uint32) >> 16).astype(np.uint16)
+    token_weights = np.linspace(0, 1, len(inputs), dtype=np.float32)
+
+    def same(name: str, *arguments: Any) -> bool:
+        found, true = getattr(native, name)(*arguments, threads), getattr(reference, name)(*arguments, 1)
+        pairs = zip(found, true) if isinstance(true, tuple) else [(found, true)]
+        return all(np.array_equal(one, other) for one, other in pairs)
+
+    def close(name: str, *arguments: Any) -> bool:
+        found, true = getattr(native, name)(*arguments, threads), getattr(reference, name)(*arguments, 1)
+        same_loss = abs(found[2].sum() - true[2].sum()) <= LOSS * true[2].sum()
+        return bool(same_loss and (found[0] != true[0]).mean() <= CODES)
+
+    def moment(x: np.ndarray, weights: np.ndarray | None) -> bool:
+        found, true = np.ones((2, columns, columns), np.float32)
+        native.second_moment(x, found, weights, threads)
+        reference.second_moment(x, true, weights, 1)
+        return bool(np.abs(found - true).max() <= SUMS * true.max() and np.array_equal(found, found.T))
+
+    def at(bits: int, symmetric: bool) -> Callable[[], bool]:
+        def agree() -> bool:
+            search = (weight, group, bits, symmetric, shares, importance, "F16")
+            scales, zeros = reference.clip_search(*search, 1)
+            codes = reference.round_codes(weight, scales, zeros, group, bits, 1)
+            packed = reference.pack(codes, bits, 1)
+            return (
+                same("clip_search", *search)
+                and same("round_codes", weight, scales, zeros, group, bits)
+                and same("pack", codes, bits)
+                and same("unpack", packed, bits, columns)
+                and same("dequantize", packed, scales, zeros, group, bits, columns, False)
+                and same("dequantize", packed, scales, zeros, group, bits, columns, True)
+                and close("gptq", weight, factor, owner, scales, zeros, bits, order[::-1].copy())
+                and close("gptq_refit", weight, factor, group, bits, symmetric, *search[4:], order)
+            )
+
+        return agree
+
+    for bits in widths:
+        yield f"{bits} bits", at(bits, symmetric=bits % 2 == 1)
+    yield "second moment", lambda: moment(inputs, None)
+    yield "second moment, weighted", lambda: moment(inputs, token_weights)
+    yield "second moment of bf16", lambda: moment(halves, None)
+    yield "second moment of bf16, weighted", lambda: moment(halves, token_weights)
+
+
+def faults(native: Any) -> list[str]:
+    """What does not agree with the numpy twins, by name; small, as it runs whenever a library is loaded."""
+    return [f"{what} differs from numpy's" for what, agrees in checks(native, 5, 64, (1, 2, 3)) if not agrees()]
