@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -27,10 +27,11 @@ def _problem(rows: int, columns: int, seed: int) -> tuple[np.ndarray, np.ndarray
     return weight, inputs, np.ascontiguousarray(np.linalg.inv(np.linalg.cholesky(moment)).T.astype(np.float32))
 
 
-def checks(
-    native: Any, rows: int = 19, columns: int = 96, threads: int = 2
-) -> Iterator[tuple[str, Callable[[], bool]]]:
-    """(what, does it agree) for every kernel, at all widths."""
+Check = tuple[str, Callable[[], bool]]
+
+
+def checks(native: Any, rows: int, columns: int, widths: Iterable[int], threads: int = 2) -> Iterator[Check]:
+    """(what, does it agree) for every kernel; ``columns`` is a multiple of 32."""
     weight, inputs, factor = _problem(rows, columns, seed=1)
     group, shares, order = 32, np.array(SHRINK[::3], np.float32), np.arange(columns, dtype=np.int32)
     owner, importance = order // group, np.linspace(0.5, 2, columns, dtype=np.float32)
