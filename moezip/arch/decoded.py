@@ -11,7 +11,8 @@ from moezip.arch.layout import METHOD
 from moezip.checkpoint.reader import TORCH_DTYPES
 from moezip.checkpoint.source import Source, TensorSpec
 from moezip.errors import ArchitectureError, CheckpointError
-from moezip.formats import fp8_block, mxfp4
+from moezip.formats import compressed_tensors, fp8_block, gptq, mxfp4
+from moezip.formats.packed import PACKED
 from moezip.formats.stored import CHUNK, Stored, fault
 
 if TYPE_CHECKING:
@@ -21,7 +22,11 @@ if TYPE_CHECKING:
 FORMS: dict[str, Callable[[Source], Iterator[Stored]]] = {
     "fp8": fp8_block.stored,
     "mxfp4": mxfp4.stored,
+    compressed_tensors.METHOD: compressed_tensors.stored,
+    gptq.METHOD: gptq.stored,
 }
+# How the name of a piece of a quantized tensor may end.
+PIECES = (fp8_block.SUFFIX, f".{PACKED}", f".{gptq.QWEIGHT}")
 
 
 def decoded(source: Source) -> Source:
@@ -33,7 +38,7 @@ def decoded(source: Source) -> Source:
     quantization = source.config.get("quantization_config")
     if quantization is None:
         for name in source.names():
-            if name.endswith(fp8_block.SUFFIX) or source.spec(name).dtype.startswith("F8_E"):
+            if name.endswith(PIECES) or source.spec(name).dtype.startswith("F8_E"):
                 raise ArchitectureError(
                     f"{name} is a piece of a quantized tensor, but config.json has no quantization_config",
                     where=source.folder / "config.json",

@@ -61,8 +61,8 @@ class Claim:
         layer: decoder layer, None for ``other`` and ``extra``.
         expert: for ``expert`` only.
         tensor: the table's entry that claimed it.
-        suffix: what follows the templated name: the pieces of a stored quantization
-            (``_scale_inv``, ``_blocks``, ``_scales``), else empty.
+        suffix: what follows the templated name: the pieces of a stored quantization (``_scale_inv``, ``_packed``,
+            ...), or what stands for its ``weight`` (``qweight``, ...); else empty.
     """
 
     kind: Literal["expert", "fused", "router", "extra", "other"]
@@ -110,6 +110,10 @@ def whole_number(value: Any, key: str) -> int:
 
 # Pieces that a stored quantization hangs on a tensor's name (DeepSeek fp8 blocks; gpt-oss mxfp4).
 STORED_SUFFIXES = ("_scale_inv", "_blocks", "_scales")
+# The same of packed codes, which no router can be stored as: its entries could not be taken apart.
+PACKED_SUFFIXES = ("_packed", "_scale", "_scale_step", "_zero_point", "_shape", "_g_idx")
+# What GPTQ checkpoints have in place of ``weight``.
+GPTQ_NAMES = ("qweight", "qzeros", "scales", "g_idx")
 
 
 @dataclass(frozen=True)
@@ -315,7 +319,7 @@ class Architecture:
 
     @cached_property
     def _patterns(self) -> list[tuple[re.Pattern[str], ExpertTensor | RouterTensor]]:
-        suffix = "(?P<suffix>" + "|".join(map(re.escape, STORED_SUFFIXES)) + ")?"
+        suffix = "(?P<suffix>" + "|".join(STORED_SUFFIXES + PACKED_SUFFIXES) + ")?"
         compiled: list[tuple[re.Pattern[str], ExpertTensor | RouterTensor]] = []
         claimants: tuple[ExpertTensor | RouterTensor, ...] = (*self.experts, *self.router)
         for tensor in claimants:
@@ -323,7 +327,9 @@ class Architecture:
             text = text.replace(re.escape("{layer}"), r"(?P<layer>\d+)").replace(
                 re.escape("{expert}"), r"(?P<expert>\d+)"
             )
-            compiled.append((re.compile(text + suffix + r"\Z"), tensor))
+            text, weight, _ = text.partition(r"\.weight")
+            text += rf"\.(?:weight{suffix}|(?P<instead>{'|'.join(GPTQ_NAMES)}))" if weight else suffix
+            compiled.append((re.compile(text + r"\Z"), tensor))
         return compiled
 
     @property
@@ -343,8 +349,13 @@ class Architecture:
     def _matched(self, name: str) -> Claim | None:
         for pattern, tensor in self._patterns:
             if match := pattern.match(name):
-                layer, suffix = int(match["layer"]), match["suffix"] or ""
+                layer, suffix = int(match["layer"]), match["suffix"] or match.groupdict().get("instead") or ""
                 if isinstance(tensor, RouterTensor):
+                    if suffix and suffix not in STORED_SUFFIXES:
+                        raise ArchitectureError(
+                            f"{name} is a piece of a router that is stored as packed codes",
+                            next="start from a checkpoint whose routers are plain numbers",
+                        )
                     return Claim("router", layer, None, tensor, suffix)
                 if tensor.fused:
                     return Claim("fused", layer, None, tensor, suffix)

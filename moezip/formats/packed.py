@@ -5,7 +5,7 @@ A matrix [R, C] with G groups along its input axis is stored as
 =====================  =====  =======================  ===========================================================
 ``weight_packed``      I32    [R, ceil(C * bits / 32)]  the codes of a row, one behind the other, lowest bit first; a
                                                         code may straddle two words
-``weight_scale``       F16    [R, G]                    or BF16; U8 where the scales themselves are quantized
+``weight_scale``       F16    [R, G]                    or BF16, F32; U8 where the scales themselves are quantized
 ``weight_zero_point``  I32    [ceil(R * bits / 32), G]  packed like the codes, but along the rows; asymmetric only
 ``weight_shape``       I64    [2]                       R, C
 ``weight_scale_step``  F16    [R, 1]                    or F32; what U8 scales count; not part of compressed-tensors
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
 WORD = 32  # bits of a word, and so also the number of codes that fill whole words whatever their width
 PACKED, SCALE, ZERO, SHAPE = "weight_packed", "weight_scale", "weight_zero_point", "weight_shape"
 STEP = "weight_scale_step"
-SCALE_DTYPES = ("F16", "BF16")
+SCALE_DTYPES = ("F16", "BF16", "F32")
 LARGEST_SCALE_CODE = 255
 # Below 2**-16 the fixed steps of F16's smallest numbers (2**-24) are coarser than BF16's relative ones (2**-8).
 F16_RANGE = (2.0**-16, 65504.0)
-_TEXT = re.compile(r"int(?P<bits>\d+)-g(?P<group>\d+)(?P<sym>-sym)?(?P<bf16>-bf16)?(?P<double>-double)?\Z")
+_TEXT = re.compile(r"int(?P<bits>\d+)-g(?P<group>\d+)(?P<sym>-sym)?(?P<scale>-bf16|-f32)?(?P<double>-double)?\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Grid:
         bits: 1 to 8.
         group: weights along the input axis that share a scale; 0: all of an output channel.
         symmetric: no zero is stored, it is 2**(bits - 1). One bit is always symmetric.
-        scale: dtype of the stored scales, ``F16`` or ``BF16``.
+        scale: dtype of the stored scales, ``F16`` or ``BF16``; ``F32`` in checkpoints of others.
         double: scales are stored in 8 bits, as multiples 1 to 255 of one step per output channel. The step is F16; with
             BF16, for scales beyond F16, it is F32, because BF16 is too coarse to find the same multiples again.
 
@@ -78,7 +78,7 @@ class Grid:
         """Such as ``int4-g32``, ``int2-g64-sym``, ``int3-g0-bf16`` or ``int2-g32-double``; ``parse`` reads it."""
         text = f"int{self.bits}-g{self.group}"
         text += "-sym" if self.symmetric and self.bits > 1 else ""
-        text += "-bf16" if self.scale == "BF16" else ""
+        text += "" if self.scale == "F16" else f"-{self.scale.lower()}"
         return text + ("-double" if self.double else "")
 
     @classmethod
@@ -97,7 +97,7 @@ class Grid:
             int(found["bits"]),
             int(found["group"]),
             found["sym"] is not None,
-            "BF16" if found["bf16"] else "F16",
+            (found["scale"] or "-F16")[1:].upper(),
             found["double"] is not None,
         )
 
@@ -146,7 +146,7 @@ class Grid:
     def fitting(self, scales: torch.Tensor) -> Grid:
         """This grid, or the same with BF16 scales where F16 would round these scales worse than BF16, to 0 or to
         infinity."""
-        if self.scale == "BF16" or not scales.numel():
+        if self.scale != "F16" or not scales.numel():
             return self
         stored = scales.float().amax(1) / LARGEST_SCALE_CODE if self.double else scales
         fits = float(stored.min()) >= F16_RANGE[0] and float(stored.max()) <= F16_RANGE[1]
@@ -165,7 +165,7 @@ class Grid:
     @property
     def _kept_dtype(self) -> str:
         """Of the scales, or of their steps where the scales are quantized."""
-        return "F32" if self.double and self.scale == "BF16" else self.scale
+        return "F32" if self.double and self.scale != "F16" else self.scale
 
     def _stored(self, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Stored scales, and their steps [R, 1] where they are quantized themselves."""
@@ -332,18 +332,27 @@ def decode(tensors: Mapping[str, torch.Tensor], grid: Grid, where: object = None
     return Codes(grid, codes, grid._unstored(tensors[SCALE], steps), zeros)
 
 
-def dequantize(codes: Codes, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """The weights [R, C] in ``dtype`` (float32 by default): computed in float32 and rounded once."""
+def dequantize(codes: Codes, dtype: torch.dtype | None = None, order: torch.Tensor | None = None) -> torch.Tensor:
+    """The weights [R, C] in ``dtype`` (float32 by default): computed in float32 and rounded once.
+
+    Args:
+        order: [C], the group of every column, where groups are not runs of neighbours.
+    """
     import torch
 
     grid, (rows, columns) = codes.grid, codes.codes.shape
-    values = codes.codes.to(torch.float32).view(rows, grid.groups(columns), -1)
+    values, scales = codes.codes.to(torch.float32), codes.scales
+    zeros = None if codes.zeros is None else codes.zeros.to(torch.float32)
+    if order is None:
+        values, scales = values.view(rows, scales.shape[1], -1), scales[:, :, None]
+        zeros = None if zeros is None else zeros[:, :, None]
+    else:
+        scales, zeros = scales[:, order], None if zeros is None else zeros[:, order]
     if grid.bits == 1:
         values.mul_(2).sub_(1)
     else:
-        values.sub_(grid.levels // 2 if codes.zeros is None else codes.zeros.to(torch.float32)[:, :, None])
-    values.mul_(codes.scales[:, :, None])
-    return values.view(rows, columns).to(torch.float32 if dtype is None else dtype)
+        values.sub_(grid.levels // 2 if zeros is None else zeros)
+    return values.mul_(scales).view(rows, columns).to(torch.float32 if dtype is None else dtype)
 
 
 def require_scales(scales: torch.Tensor, what: str, next: str | None = None, where: object = None) -> None:

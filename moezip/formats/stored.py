@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moezip.checkpoint.source import Source, TensorSpec
 from moezip.errors import ArchitectureError
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 CHUNK = 16 << 20  # bytes of decoded float32 held at a time
+PLAIN = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,6 +37,12 @@ def fault(source: Source, what: str) -> ArchitectureError:
     return ArchitectureError(
         what,
         where=source.folder / "config.json",
-        next="moezip reads plain weights, fp8 blocks (DeepSeek) and mxfp4 (gpt-oss); start from the unquantized "
-        "checkpoint",
+        next="moezip reads plain weights, fp8 blocks (DeepSeek), mxfp4 (gpt-oss), pack-quantized (compressed-tensors) "
+        "and GPTQ; start from the unquantized checkpoint",
     )
+
+
+def plain_dtype(config: Mapping[str, Any], other: str) -> str:
+    """What codes decode to: the model's own dtype by its safetensors name; ``other`` where the config names none."""
+    given = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
+    return PLAIN.get(given, other)
