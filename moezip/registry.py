@@ -37,7 +37,9 @@ class Method:
         weights: names of data-free statistics that are computed from the weights alone.
         records: where the sums depend on the settings: ``records(params)`` gives the
             ``moezip.calibrate.record.Record``s that the method reads, own ones (named by ``record_name``) or standing
-            ones; a calibration for this method sums them besides the standing ones.
+            ones; a calibration for this method sums them besides the standing ones. Settings with a ``keep`` get the
+            number of experts that are to stay filled in there.
+        check: ``check(facts, params)`` raises where a layer is not for this method; asked before any text is read.
         choose: for prune methods that do more than rank: ``choose(facts, stats, keep, protected, params) -> kept ids``
             decides in place of the ranking, with ``stats`` mixed over the domains; ``run``'s scores are then for the
             plan's reader.
@@ -55,6 +57,7 @@ class Method:
     comparable: bool = False
     weights: tuple[str, ...] = ()
     records: Callable[[Any], tuple[Any, ...]] | None = None
+    check: Callable[..., None] | None = None
     choose: Callable[..., list[int]] | None = None
 
     @property
@@ -111,8 +114,8 @@ def record_name(method: str, settings: Mapping[str, bool | int | float | str]) -
     return f"{method}:" + ",".join(f"{key}={shown(value)}" for key, value in settings.items())
 
 
-def own_records(name: str, methods: Iterable[Method]) -> tuple[Any, ...] | None:
-    """The records behind a name like that, or behind the bare name of a method with records of its own.
+def own_settings(name: str, methods: Iterable[Method]) -> tuple[Method, Any] | None:
+    """Method and settings behind a name like that, or behind the bare name of a method with records of its own.
 
     Settings that the name leaves out have their defaults. None if the name is neither.
 
@@ -130,8 +133,17 @@ def own_records(name: str, methods: Iterable[Method]) -> tuple[Any, ...] | None:
         if not equals:
             raise UsageError(f"{text!r} is no setting", where=f"--record {name}", next="write METHOD:KEY=VALUE,...")
         settings[key] = value
+    return method, parse_params(method, settings)
+
+
+def own_records(name: str, methods: Iterable[Method]) -> tuple[Any, ...] | None:
+    """The records behind such a name; None and errors as of ``own_settings``."""
+    found = own_settings(name, methods)
+    if found is None:
+        return None
+    method, params = found
     assert method.records is not None
-    return method.records(parse_params(method, settings))
+    return method.records(params)
 
 
 def _read_value(text: str, kind: type, where: str) -> Any:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moezip.arch.spec import Architecture, LayerFacts
+from moezip.calibrate.block import Block
 from moezip.calibrate.experts import Routed
 from moezip.calibrate.record import Observation, Record
 from moezip.calibrate.statistics import Array, Domain
@@ -25,6 +26,7 @@ class _Inside(threading.local):
 
     logits: Any = None
     stream: Any = None
+    given: Any = None
 
 
 class Capture:
@@ -45,6 +47,8 @@ class Capture:
         self._routed = Routed()
         self._inside = _Inside()
         self._hooks: list[Any] = []
+        self._asked = any(record.asks for record in records)
+        self._block: Any = None
 
     def watch(self, layer: int, module: Any) -> None:
         """Hangs itself on a loaded decoder layer, if that has experts."""
@@ -53,9 +57,11 @@ class Capture:
         entry = self.architecture
         block = module.get_submodule(entry.block)
         block.get_submodule(entry.experts_module)._moezip_routed = self._routed
+        self._block = block
 
-        def keep_logits(_module: Any, _args: Any, output: Any) -> None:
+        def keep_logits(_module: Any, args: Any, output: Any) -> None:
             self._inside.logits = output[0] if isinstance(output, tuple) else output
+            self._inside.given = args if self._asked else None
 
         def keep_stream(_module: Any, args: Any) -> None:
             self._inside.stream = args[0]
@@ -69,7 +75,7 @@ class Capture:
         """Takes its hooks off again."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks = []
+        self._hooks, self._block = [], None
         if layer in self.facts:
             entry = self.architecture
             module.get_submodule(entry.block).get_submodule(entry.experts_module)._moezip_routed = None
@@ -84,7 +90,8 @@ class Capture:
             return {}
         seen = self._observation(self.facts[layer])
         found = {record.name: record.update(seen).cpu().numpy() for record in self.records}
-        self._routed.ids = self._routed.output = self._inside.logits = self._inside.stream = None
+        self._routed.ids = self._routed.output = None
+        self._inside.logits = self._inside.stream = self._inside.given = None
         return found
 
     def add(self, layer: int, domain: str, seen: Mapping[str, Array]) -> None:
@@ -106,11 +113,25 @@ class Capture:
         logits = self._inside.logits.reshape(ids.shape[0], -1).float()
         stream = self._inside.stream.reshape(ids.shape[0], -1)
         change = turning(stream, routed.output, self.scale)
+        block = self._again(facts) if self._asked else None
         peaks = routed.peaks
         if routed.valid is not None:
             keep = routed.valid
             ids, gates, norms, logits, change = ids[keep], gates[keep], norms[keep], logits[keep], change[keep]
-        return Observation(facts.experts, ids, gates, norms, change, peaks, logits)
+        return Observation(facts.experts, ids, gates, norms, change, peaks, logits, block)
+
+    def _again(self, facts: LayerFacts) -> Block:
+        """The layer, to run parts of it again on the real tokens of this micro-batch."""
+        entry, windows = self.architecture, self._inside.stream.shape[0]
+        return Block.of(
+            entry,
+            facts,
+            self._block.get_submodule(entry.experts_module),
+            self._block.get_submodule(entry.router_module),
+            self._inside.given,
+            windows,
+            self._routed.valid,
+        )
 
     def domain(self, name: str, data: str, tokens: int) -> Domain:
         """The finished record of one domain."""

@@ -102,10 +102,8 @@ def experts_forward(
         expert, start, stop = part
         # the filling rows are the next expert's; there are fewer at the very end
         given = hidden_states[rows[start : start + padded_rows(stop - start)]]
-        inner = _linear(self, "gate_up_proj" if self.has_gate else "up_proj", expert, given)
-        inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
         out = outputs[start:stop]
-        out.copy_(_linear(self, "down_proj", expert, inner)[: stop - start])
+        out.copy_(expert_output(self, expert, given)[: stop - start])
         if routed is not None:
             seen = out.detach()
             torch.linalg.vector_norm(seen, dim=-1, dtype=torch.float32, out=sorted_norms[start:stop])
@@ -146,6 +144,13 @@ def inner_activation(module: Any, expert: int, given: torch.Tensor) -> torch.Ten
     inner = _linear(module, "gate_up_proj" if module.has_gate else "up_proj", expert, filled)
     result: torch.Tensor = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
     return result[:count]
+
+
+def expert_output(module: Any, expert: int, given: torch.Tensor) -> torch.Tensor:
+    """What one expert makes of ``given`` [n, D], before the gate weight: [n, D]."""
+    inner = _linear(module, "gate_up_proj" if module.has_gate else "up_proj", expert, given)
+    inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+    return _linear(module, "down_proj", expert, inner)
 
 
 def padded_rows(count: int) -> int:

@@ -17,6 +17,8 @@ from moezip.registry import lookup
 if TYPE_CHECKING:
     import torch
 
+    from moezip.calibrate.block import Block
+
 Combine = Literal["sum", "max"]
 
 
@@ -33,6 +35,7 @@ class Observation:
             (EASY-EP, arXiv 2504.06792, its token weight).
         peaks: [E] float32, largest |output| component of each expert, 0 where none was routed.
         logits: [T, E] float32, the router's raw output.
+        block: the layer itself, with its inputs; there only if a record asked for it.
     """
 
     experts: int
@@ -42,6 +45,7 @@ class Observation:
     change: torch.Tensor
     peaks: torch.Tensor
     logits: torch.Tensor
+    block: Block | None = None
 
     def per_expert(self, values: torch.Tensor | None) -> torch.Tensor:
         """[E] float64: the sum of ``values`` [T, k] over the tokens routed to each expert (counts for None)."""
@@ -54,13 +58,19 @@ class Observation:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One statistic: ``update`` gives its contribution from one micro-batch."""
+    """One statistic: ``update`` gives its contribution from one micro-batch.
+
+    ``asks`` says that ``update`` runs parts of the layer again, through ``Observation.block``. ``seconds(facts, rate)``
+    then tells roughly what that takes per token of a layer, where matrix products make ``rate`` operations per second.
+    """
 
     name: str
     summary: str
     combine: Combine
     shape: Callable[[LayerFacts], tuple[int, ...]]
     update: Callable[[Observation], torch.Tensor]
+    asks: bool = False
+    seconds: Callable[[LayerFacts, float], float] | None = None
 
 
 def _vector(facts: LayerFacts) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from moezip.errors import RecipeError
 from moezip.pipeline.calibrate import run_calibration
 from moezip.pipeline.common import Clock, Common, Opened, opened
 from moezip.pipeline.evaluate import evaluate_command
-from moezip.pipeline.prune import PruneJob, make_plan, own_names, prepare_prune, write_plan
+from moezip.pipeline.prune import PruneJob, counted, make_plan, own_names, prepare_prune, write_plan
 from moezip.progress import Progress, Watch
 from moezip.recipe import Recipe, dump
 from moezip.registry import parse_params
@@ -84,13 +84,16 @@ class Batch:
     def record(self) -> list[str] | None:
         """What a pass of this recipe records besides the standing records: gradients, and what methods bring along."""
         from moezip.calibrate.record import GRADIENTS, wants_gradients
+        from moezip.plan.allocate import kept_count
         from moezip.prune import METHODS
 
+        experts = self.model.facts[0].experts
         by_name, names = {method.name: method for method in METHODS}, set()
         for prune in (step.prune for job in self.recipe.jobs.values() for step in job.steps if step.prune is not None):
             method = by_name[prune.method]
             names.update([GRADIENTS] if wants_gradients(method.needs) else [])
-            names.update(own_names(method, parse_params(method, _texts(prune.settings))))
+            params = parse_params(method, _texts(prune.settings))
+            names.update(own_names(method, counted(params, kept_count(experts, prune.keep, prune.ratio))))
         return sorted(names) or None
 
     def wanted(self, jobs: Iterable[Job]) -> list[str]:

@@ -103,6 +103,19 @@ def records_named(names: Sequence[str] | None) -> tuple[Record, ...]:
     return tuple({**records, **own}.values())
 
 
+def require_recordable(names: Sequence[str] | None, model: Opened) -> None:
+    """Raises what can be known, before any text is read, of records that cannot be taken of this model."""
+    from moezip.prune import METHODS
+    from moezip.registry import own_settings
+
+    for name in names or ():
+        found = own_settings(name, METHODS)
+        if found is None or found[0].check is None:
+            continue
+        for fact in model.facts:
+            found[0].check(fact, found[1])
+
+
 def work_folder(out: Path) -> Path:
     """Where interrupted work waits: beside the output."""
     return out.with_name(out.name + ".moezip-work")
@@ -161,6 +174,7 @@ def calibrate_command(
     model = opened(checkpoint)
     texts = domains_of(data, tokens)
     require_files(texts)
+    require_recordable(record, model)
     workdir = common.workdir or work_folder(out)
     with resumable(workdir):
         stats = run_calibration(model, texts, common, record=record, workdir=workdir)

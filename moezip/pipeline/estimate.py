@@ -12,7 +12,7 @@ from moezip.calibrate.record import wants_gradients
 from moezip.export.stock import tensor_bytes
 from moezip.pipeline.common import Common
 from moezip.pipeline.neurons import neuron_layers
-from moezip.pipeline.prune import PruneJob, make_plan, prepare_prune, require_text
+from moezip.pipeline.prune import Prepared, PruneJob, make_plan, prepare_prune, require_text
 from moezip.plan.apply import Applied
 from moezip.plan.plan import LayerPlan, Pick, Plan
 from moezip.report.overview import overview
@@ -84,6 +84,7 @@ def dry_run(checkpoint: str, job: PruneJob, common: Common) -> Estimate:
     work = GRADIENT_WORK if gradients else 1
     reads = seen.bytes * (2 if gradients else 1) if passes else 0
     seconds = tokens * 2 * seen.active_parameters * work / rate + (reads + 2 * after) / DISK_BYTES_PER_SECOND
+    seconds += tokens * own_seconds(prepared, rate)
     disk = (hidden * (seen.layers + 1) + 2 * hidden) if gradients else 0
     memory = (600 * 2**20 + seen.largest_layer_bytes + hidden) if passes else 400 * 2**20
     return Estimate(
@@ -100,6 +101,14 @@ def dry_run(checkpoint: str, job: PruneJob, common: Common) -> Estimate:
         kept=kept,
         assumes=f"{rate / 1e9:.0f} GFLOP/s (measured now), disk 1 GB/s, 6 s to start" if passes else "disk 1 GB/s",
     )
+
+
+def own_seconds(prepared: Prepared, rate: float) -> float:
+    """Seconds per token that the method's own records take, where these run parts of the layers again."""
+    method = prepared.method
+    records = () if method.records is None else method.records(prepared.params)
+    facts = prepared.model.facts
+    return sum(record.seconds(fact, rate) for record in records if record.seconds is not None for fact in facts)
 
 
 def _first_of_groups(fact: LayerFacts, keep: int) -> list[int]:

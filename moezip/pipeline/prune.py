@@ -91,10 +91,22 @@ def prepare_prune(checkpoint: str, job: PruneJob, common: Common) -> Prepared:
         keep = kept_count(model.facts[0].experts, job.keep, job.ratio)
     for fact in model.facts:
         require_keepable(fact, keep)
+    if "keep" in job.settings and hasattr(params, "keep"):
+        raise UsageError("the number kept is no setting here", where=f"--set keep={job.settings['keep']}",
+                         next="give it as --keep, or as --ratio")  # fmt: skip
+    params = counted(params, keep)
+    if method.check is not None:
+        for fact in model.facts:
+            method.check(fact, params)
     if job.texts and job.stats:
         raise UsageError("both --data and --stats are given", next="statistics are either saved or taken anew")
     require_files(job.texts)
     return Prepared(model, method, params, keep)
+
+
+def counted(params: Any, keep: int) -> Any:
+    """The settings with the number of experts that stay, where what is recorded depends on it."""
+    return replace(params, keep=keep) if hasattr(params, "keep") else params
 
 
 def _check_scope(method: Method, job: PruneJob) -> None:
