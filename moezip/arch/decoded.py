@@ -7,7 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from moezip.arch.layout import METHOD
+from moezip.arch import packing
+from moezip.arch.layout import METHOD, STORED, own_format
 from moezip.checkpoint.reader import TORCH_DTYPES
 from moezip.checkpoint.source import Source, TensorSpec
 from moezip.errors import ArchitectureError, CheckpointError
@@ -24,6 +25,7 @@ FORMS: dict[str, Callable[[Source], Iterator[Stored]]] = {
     "mxfp4": mxfp4.stored,
     compressed_tensors.METHOD: compressed_tensors.stored,
     gptq.METHOD: gptq.stored,
+    METHOD: packing.stored,
 }
 # How the name of a piece of a quantized tensor may end.
 PIECES = (fp8_block.SUFFIX, f".{PACKED}", f".{gptq.QWEIGHT}")
@@ -45,7 +47,7 @@ def decoded(source: Source) -> Source:
                     next="use the config.json that came with the weights",
                 )
         return source
-    if isinstance(quantization, Mapping) and quantization.get("quant_method") == METHOD:
+    if own_format(source.config) and not quantization.get(packing.KEY) and not quantization.get(STORED):
         return source  # ragged, but plain: whoever asks for the layers' facts has the format checked
     return Decoded(source)
 
@@ -65,12 +67,17 @@ class Decoded:
         quantization = source.config.get("quantization_config")
         if not isinstance(quantization, Mapping):
             raise fault(source, "quantization_config is not an object")
-        method = str(quantization.get("quant_method"))
-        if method not in FORMS:
-            raise fault(source, f"moezip cannot decode weights stored with quant_method {method!r}")
-        self._stored = {stored.plain.name: stored for stored in FORMS[method](source)}
-        if not self._stored:
-            raise fault(source, f"config.json says {method}, but no tensor is stored that way")
+        self._stored: dict[str, Stored] = {}
+        for each in (quantization, quantization.get(STORED)):  # moezip's own format may hold codes of its source's
+            if not each or (each is quantization and own_format(source.config) and not each.get(packing.KEY)):
+                continue
+            method = str(each.get("quant_method"))
+            if method not in FORMS:
+                raise fault(source, f"moezip cannot decode weights stored with quant_method {method!r}")
+            found = {stored.plain.name: stored for stored in FORMS[method](source)}
+            if not found:
+                raise fault(source, f"config.json says {method}, but no tensor is stored that way")
+            self._stored |= found
 
     @property
     def folder(self) -> Path:
@@ -78,7 +85,12 @@ class Decoded:
 
     @property
     def config(self) -> dict[str, Any]:
-        return {key: value for key, value in self._source.config.items() if key != "quantization_config"}
+        plain = {key: value for key, value in self._source.config.items() if key != "quantization_config"}
+        if own_format(self._source.config):  # its layers may differ all the same
+            given = self._source.config["quantization_config"]
+            codes = (packing.KEY, STORED)
+            plain["quantization_config"] = {key: value for key, value in given.items() if key not in codes}
+        return plain
 
     @property
     def fingerprint(self) -> str:

@@ -40,7 +40,7 @@ class Moment:
     tokens: int
 
     def add(self, other: Moment) -> None:
-        self.total += other.total
+        self.total = self.total + other.total  # in place would need the mode that both were made in
         self.tokens += other.tokens
 
 

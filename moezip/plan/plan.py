@@ -10,8 +10,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from moezip.arch.packing import folded, unfolded
 from moezip.arch.spec import LayerFacts
-from moezip.errors import PlanError
+from moezip.errors import ArchitectureError, PlanError
+from moezip.formats.packed import Grid
 
 SCHEMA = 1
 
@@ -103,6 +105,7 @@ class Plan:
         architecture: model_type.
         layers: MoE layers, ascending.
         mtp: ``drop`` or ``keep`` the multi-token-prediction layers.
+        packing: matrices of the output that are stored as codes, by name, and their grids.
         made_by: method, settings, statistics and data fingerprints, seed, version: for the reader.
     """
 
@@ -111,6 +114,7 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     mtp: str = "drop"
     made_by: dict[str, Any] = field(default_factory=dict)
+    packing: dict[str, Grid] = field(default_factory=dict)
 
     @classmethod
     def identity(cls, source: str, architecture: str, facts: Sequence[LayerFacts]) -> Plan:
@@ -175,6 +179,9 @@ class Plan:
         head = {"schema": SCHEMA, "source": self.source, "architecture": self.architecture, "mtp": self.mtp}
         text = "".join(f"  {json.dumps(key)}: {json.dumps(value)},\n" for key, value in head.items())
         made_by = json.dumps(self.made_by, indent=2).replace("\n", "\n  ")
+        if self.packing:
+            table = ",\n".join(f"    {json.dumps(key)}: {json.dumps(row)}" for key, row in folded(self.packing).items())
+            text += '  "packing": {\n' + table + "\n  },\n"
         return "{\n" + text + f'  "made_by": {made_by},\n  "layers": [\n' + ",\n".join(layers) + "\n  ]\n}\n"
 
     @classmethod
@@ -197,7 +204,10 @@ class Plan:
             names = [data[key] for key in ("source", "architecture", "mtp")]
             if not all(isinstance(name, str) for name in names):
                 raise TypeError(f"source, architecture and mtp must be texts, not {names}")
-            return cls(names[0], names[1], layers, names[2], dict(data.get("made_by", {})))
+            packing = unfolded(data.get("packing", {}))
+            return cls(names[0], names[1], layers, names[2], dict(data.get("made_by", {})), packing)
+        except ArchitectureError as fault:
+            raise PlanError(f"the plan's packing cannot be read: {fault.what}", where=where) from fault
         except (ValueError, KeyError, TypeError) as fault:
             raise PlanError(
                 f"this is no plan, or a damaged one ({type(fault).__name__}: {fault})", where=where,

@@ -1,0 +1,489 @@
+"""The layerwise schedule: look at a layer, solve its matrices, let the next layer see what came out.
+
+Everything that is solved waits in the work folder, one file per layer, so that a killed run goes on behind the last
+whole layer with the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moezip.arch.matrices import expert_matrices
+from moezip.arch.packing import WEIGHT, Packing, stem
+from moezip.calibrate.data import Rows
+from moezip.calibrate.experts import inner_activation
+from moezip.calibrate.hidden import HiddenStates
+from moezip.calibrate.moments import ExpertInputs, Moment, expert_inputs, linear_moments, second_moment
+from moezip.calibrate.stream import Stream
+from moezip.checkpoint.source import Source
+from moezip.errors import MoezipError
+from moezip.formats.packed import Grid, decode, dequantize, encode
+from moezip.progress import Progress, Watch, unwatched
+from moezip.quantize.hessian import PRIOR, Mixed, shrunk
+from moezip.quantize.solution import Solution
+
+if TYPE_CHECKING:
+    import torch
+
+STATE = "quantize.json"
+FACTS = "moezip"  # key of a layer file's metadata
+# Tokens of the layer, evenly spaced, whose moments stand in for an expert that was reached by few.
+POOL_TOKENS = 4096
+# An expert with fewer tokens than this many times its input size is given its down projection's inputs for those
+# tokens as well; with more, its own outweigh them anyway.
+POOL_BELOW = 8
+
+Solve = Callable[["torch.Tensor", "torch.Tensor | None", Grid], Solution]
+
+
+@dataclass(slots=True)
+class LayerReport:
+    """What solving one layer came to.
+
+    Attributes:
+        error: summed mean squared output error of its matrices. matrices: how many were solved.
+        basis: how many have a hessian of their ``own`` tokens, ``mixed`` with, or ``pooled`` from all of the layer's,
+            or ``none``. raised: how many needed more damping than was asked for.
+        grids: the grid of every matrix, by name.
+    """
+
+    error: float = 0.0
+    matrices: int = 0
+    basis: dict[str, int] = field(default_factory=dict)
+    raised: int = 0
+    grids: dict[str, str] = field(default_factory=dict)
+
+    def add(self, name: str, solution: Solution, basis: str) -> None:
+        self.error += solution.error
+        self.matrices += 1
+        self.basis[basis] = self.basis.get(basis, 0) + 1
+        self.raised += solution.raised
+        self.grids[name] = str(solution.codes.grid)
+
+
+class Solved:
+    """Layer files in a work folder, and the digest of the job that they belong to."""
+
+    def __init__(self, folder: Path, job: str):
+        self.folder, self.job = folder, job
+
+    def begin(self, resume: bool) -> None:
+        """Makes the folder ready; keeps what is there only to go on from it.
+
+        Raises:
+            MoezipError: asked to go on, and what is there is of another job.
+        """
+        state = self.folder / STATE
+        if resume and state.is_file():
+            if json.loads(state.read_text()).get("job") != self.job:
+                raise MoezipError(
+                    "the work folder holds interrupted work on another checkpoint, other data or other settings",
+                    where=self.folder,
+                    next="repeat the interrupted command unchanged, or start afresh without --resume",
+                )
+            return
+        self.clear()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = state.with_suffix(".part")
+        temporary.write_text(json.dumps({"job": self.job}))
+        temporary.replace(state)
+
+    def file(self, step: str) -> Path:
+        return self.folder / f"{step}.safetensors"
+
+    def save(self, step: str, tensors: Mapping[str, torch.Tensor], report: LayerReport) -> None:
+        """All of a step's codes or none."""
+        from safetensors.torch import save_file
+
+        temporary = self.folder / f"{step}.part"
+        save_file(dict(tensors), temporary, {FACTS: json.dumps(asdict(report))})
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(self.file(step))
+
+    def load(self, step: str) -> dict[str, torch.Tensor]:
+        from safetensors.torch import load_file
+
+        return dict(load_file(self.file(step)))
+
+    def report(self, step: str) -> LayerReport:
+        from safetensors import safe_open
+
+        with safe_open(self.file(step), "pt") as opened:
+            return LayerReport(**json.loads(opened.metadata()[FACTS]))
+
+    def clear(self) -> None:
+        """Removes what is there, and the folder if nothing else is in it."""
+        if not self.folder.is_dir():
+            return
+        for file in (*self.folder.glob("*.safetensors"), *self.folder.glob("*.part"), self.folder / STATE):
+            file.unlink(missing_ok=True)
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+
+def job_digest(*parts: object) -> str:
+    """Digest of everything that the codes depend on."""
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A linear of a decoder layer or of the head, in memory and on disk."""
+
+    name: str
+    module: Any
+
+
+class Layerwise:
+    """Solves a model's matrices layer by layer, each layer seeing the quantized outputs of those before it.
+
+    Args:
+        stream: the model; its layers' weights are overwritten in memory by what the codes stand for.
+        rows: calibration text.
+        packing: which matrices, by their names on disk, and their grids.
+        solve: the solver, with its settings.
+        solved: where the codes go.
+        original: layers see the outputs of the unquantized ones instead.
+        gate: hessians count every token by its gate weight (MoEQuant).
+        prior: tokens' worth of the pooled hessian, per input channel.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        rows: Rows,
+        packing: Packing,
+        solve: Solve,
+        solved: Solved,
+        *,
+        original: bool = False,
+        gate: bool = False,
+        prior: float = PRIOR,
+        watch: Watch = unwatched,
+        spill: Path | None = None,
+    ):
+        self.stream, self.rows, self.packing, self.solve, self.solved = stream, rows, packing, solve, solved
+        self.original, self.gate, self.prior, self.watch, self.spill = original, gate, prior, watch, spill
+        entry = stream.skeleton.architecture
+        self._entry = entry
+        self._templates = {tensor.role: tensor.template for tensor in entry.split.experts}
+        self._facts = {fact.layer: fact for fact in entry.layer_facts(stream.source.config)}
+        self._done = 0
+
+    def run(self) -> None:
+        """All layers, then the head if that is packed.
+
+        Raises:
+            MoezipError: weights or hidden states that are not finite.
+        """
+        states = self.stream.embed(self.rows)
+        total = len(self.packing)
+        self.watch(Progress("quantize", 0, total, "matrices"))
+        try:
+            for index in range(len(self.stream.layers)):
+                self.stream.load_layer(index)
+                step = f"layer-{index:04}"
+                if self.solved.file(step).is_file():
+                    self._place(index, self.solved.load(step))
+                    self._tick(self.solved.report(step).matrices)
+                else:
+                    self.solved.save(step, *self._layer(index, states))
+                if self.original:
+                    self.stream.free_layer(index)
+                    self.stream.load_layer(index)
+                self.stream.advance(index, self.rows, states)
+                self.stream.free_layer(index)
+            self._head(states)
+        finally:
+            states.close()
+
+    def _tick(self, count: int = 1) -> None:
+        self._done += count
+        self.watch(Progress("quantize", self._done, len(self.packing), "matrices"))
+
+    # -- names ----------------------------------------------------------------------------------------------
+
+    def _linears(self, index: int) -> dict[str, Matrix]:
+        """The packed matrices of a layer that are no experts', by the path of their module in the layer."""
+        return {
+            path: Matrix(name, module)
+            for path, name, module in layer_linears(self.stream, index)
+            if name in self.packing
+        }
+
+    def _name(self, layer: int, expert: int, role: str) -> str:
+        return self._templates[role].format(layer=layer, expert=expert)  # type: ignore[index]
+
+    # -- one layer ------------------------------------------------------------------------------------------
+
+    def _layer(self, index: int, states: HiddenStates) -> tuple[dict[str, torch.Tensor], LayerReport]:
+        tensors: dict[str, torch.Tensor] = {}
+        report = LayerReport()
+        linears = self._linears(index)
+        moments = linear_moments(
+            self.stream, index, self.rows, states, {path: each.module for path, each in linears.items()}
+        )
+
+        def one(path: str) -> list[Found]:
+            matrix = linears[path]
+            moment = moments.get(path)
+            hessian = shrunk(None if moment is None else moment.total, moment.tokens if moment else 0, None, 0, 0.0)
+            return [self._found(matrix.name, matrix.module.weight.data, hessian)]
+
+        self._collect(map_threads(one, linears), tensors, report)
+        if index in self._facts:
+            wanted = [
+                expert
+                for expert in range(self._facts[index].experts)
+                if any(self._name(index, expert, role) in self.packing for role in ("gate", "up", "down"))
+            ]
+            if wanted:
+                inputs = expert_inputs(self.stream, index, self.rows, states, self._file(states))
+                try:
+                    self._experts(index, wanted, inputs, tensors, report)
+                finally:
+                    inputs.close()
+        return tensors, report
+
+    def _file(self, states: HiddenStates) -> Path | None:
+        """Where the experts' inputs wait: in memory beside the hidden states, if both fit."""
+        if states.file is None and 2 * states.bytes <= self.stream.hidden_budget():
+            return None
+        folder = states.file.parent if states.file is not None else self.spill
+        return None if folder is None else folder / "expert-inputs.bin"
+
+    def _experts(
+        self,
+        index: int,
+        wanted: Sequence[int],
+        inputs: ExpertInputs,
+        tensors: dict[str, torch.Tensor],
+        report: LayerReport,
+    ) -> None:
+        entry = self._entry
+        layer: Any = self.stream.layers[index]
+        experts: Any = layer.get_submodule(f"{entry.block}.{entry.experts_module}")
+        sample = inputs.sample(POOL_TOKENS).to(self.stream.device)
+        pool = second_moment(sample)
+
+        def one(expert: int) -> list[Found]:
+            matrices = expert_matrices(experts, expert)
+            if not matrices:
+                return []
+            x = inputs.tokens(expert).to(self.stream.device)
+            weights = inputs.weights(expert) if self.gate else None
+            hessian = self._mixed(second_moment(x, weights), pool)
+            found = [
+                self._found(self._name(index, expert, role), matrices[role], hessian)
+                for role in ("gate", "up")
+                if self._name(index, expert, role) in self.packing
+            ]
+            name = self._name(index, expert, "down")
+            if name in self.packing:
+                # gate and up are quantized by now, and so are the inputs that their codes make
+                inner = inner_activation(experts, expert, x)
+                extra = None
+                if x.shape[0] < POOL_BELOW * matrices["down"].shape[1]:
+                    extra = second_moment(inner_activation(experts, expert, sample))
+                found.append(
+                    self._found(name, matrices["down"], self._mixed(second_moment(inner, weights), extra))
+                )
+            return found
+
+        # the experts with most tokens first, so that no thread is left with one at the end; their order on disk is
+        # that of the source all the same
+        busiest = sorted(wanted, key=lambda expert: -len(inputs.slots(expert)))
+        self._collect(map_threads(one, busiest), tensors, report)
+
+    def _mixed(self, own: Moment, pool: Moment | None) -> Mixed:
+        return shrunk(
+            own.total if own.tokens else None,
+            own.tokens,
+            None if pool is None else pool.total,
+            0 if pool is None else pool.tokens,
+            self.prior * own.total.shape[0],
+        )
+
+    def _found(self, name: str, weight: torch.Tensor, hessian: Mixed) -> Found:
+        """Solves one matrix and puts what its codes stand for in its place."""
+        solution = self.solve(weight.float(), hessian.hessian, self.packing[name])
+        weight.copy_(dequantize(solution.codes, weight.dtype))
+        return Found(name, solution, hessian.basis)
+
+    def _collect(
+        self, found: Iterable[list[Found]], tensors: dict[str, torch.Tensor], report: LayerReport
+    ) -> None:
+        for each in (one for several in found for one in several):
+            tensors.update({stem(each.name) + suffix: value for suffix, value in encode(each.solution.codes).items()})
+            report.add(each.name, each.solution, each.basis)
+            self._tick()
+
+    def _place(self, index: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Puts what saved codes stand for into a loaded layer."""
+        entry = self._entry
+        places = {matrix.name: matrix.module.weight.data for matrix in self._linears(index).values()}
+        if index in self._facts:
+            layer: Any = self.stream.layers[index]
+            experts: Any = layer.get_submodule(f"{entry.block}.{entry.experts_module}")
+            for expert in range(self._facts[index].experts):
+                for role, view in expert_matrices(experts, expert).items():
+                    places[self._name(index, expert, role)] = view
+        for name, grid in by_matrix(tensors, self.solved.report(f"layer-{index:04}")).items():
+            places[name].copy_(dequantize(decode(grid[1], grid[0], name), places[name].dtype))
+
+    # -- the head -------------------------------------------------------------------------------------------
+
+    def _head(self, states: HiddenStates) -> None:
+        head = head_matrix(self.stream)
+        if head is None or head.name not in self.packing:
+            return
+        if self.solved.file("head").is_file():
+            self._tick()
+            return
+        self.stream.load_head()
+        try:
+            moment = self._head_moment(head, states)
+            report, tensors = LayerReport(), dict[str, "torch.Tensor"]()
+            hessian = shrunk(moment.total, moment.tokens, None, 0, 0.0)
+            self._collect([[self._found(head.name, head.module.weight.data, hessian)]], tensors, report)
+            self.solved.save("head", tensors, report)
+        finally:
+            self.stream.free_head()
+
+    def _head_moment(self, head: Matrix, states: HiddenStates) -> Moment:
+        found: list[Moment] = []
+
+        class Enough(Exception):
+            pass
+
+        def watch(_module: Any, args: Any) -> None:
+            found.append(second_moment(args[0].reshape(-1, args[0].shape[-1])))
+            raise Enough  # before any logit is computed
+
+        hook = head.module.register_forward_pre_hook(watch)
+        try:
+            for row in range(states.shape[0]):
+                hidden = states.read(row, row + 1)[0]
+                if self.rows.mask is not None:
+                    hidden = hidden[self.rows.mask[row].bool()]
+                try:
+                    self.stream.head(hidden)
+                except Enough:
+                    if len(found) > 1:
+                        found[0].add(found.pop())
+        finally:
+            hook.remove()
+        return found[0]
+
+
+def solve_free(base: Source, packing: Packing, solve: Solve, solved: Solved, watch: Watch) -> None:
+    """Codes of a solver that needs no text: matrix by matrix, one file per decoder layer."""
+    steps: dict[str, list[str]] = {}
+    for name in packing:
+        number = re.search(r"\.(\d+)\.", name)
+        steps.setdefault(f"layer-{int(number.group(1)):04}" if number else "head", []).append(name)
+    done = 0
+    watch(Progress("quantize", done, len(packing), "matrices"))
+
+    def one(name: str) -> Found:
+        return Found(name, solve(base.read(name).float(), None, packing[name]), "none")
+
+    for step, names in steps.items():
+        if not solved.file(step).is_file():
+            tensors: dict[str, torch.Tensor] = {}
+            report = LayerReport()
+            for each in map_threads(one, names):
+                found = {stem(each.name) + suffix: value for suffix, value in encode(each.solution.codes).items()}
+                tensors.update(found)
+                report.add(each.name, each.solution, each.basis)
+                watch(Progress("quantize", done + report.matrices, len(packing), "matrices"))
+            solved.save(step, tensors, report)
+        done += len(names)
+        watch(Progress("quantize", done, len(packing), "matrices"))
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One solved matrix."""
+
+    name: str
+    solution: Solution
+    basis: str
+
+
+def by_matrix(
+    tensors: Mapping[str, torch.Tensor], report: LayerReport
+) -> dict[str, tuple[Grid, dict[str, torch.Tensor]]]:
+    """The stored tensors of a layer file by matrix, each with its grid."""
+    found = {}
+    for name, text in report.grids.items():
+        prefix = stem(name)
+        found[name] = (
+            Grid.parse(text),
+            {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix + WEIGHT)},
+        )
+    return found
+
+
+def layer_linears(stream: Stream, index: int) -> Iterator[tuple[str, str, Any]]:
+    """(path in the layer, name on disk, module) of every linear of a decoder layer that may be packed.
+
+    Experts, routers and gates of shared experts are left out, and linears that are not one tensor on disk.
+    """
+    from torch import nn
+
+    skeleton = stream.skeleton
+    entry = skeleton.architecture
+    prefix = f"{entry.layers}.{index}"
+    left_out = (f"{entry.block}.{entry.experts_module}.", f"{entry.block}.{entry.router_module}")
+    layer: Any = stream.layers[index]
+    for path, module in layer.named_modules():
+        if not isinstance(module, nn.Linear) or path.startswith(left_out) or module.out_features == 1:
+            continue
+        fills = skeleton.fills.get(f"{prefix}.{path}.{WEIGHT}", [])
+        if len(fills) == 1 and fills[0].tensor is None:
+            yield path, fills[0].name, module
+
+
+def head_matrix(stream: Stream) -> Matrix | None:
+    """The output embedding, unless it is tied to the input's."""
+    from torch import nn
+
+    skeleton = stream.skeleton
+    module = skeleton.model.get_output_embeddings()
+    for path, each in skeleton.model.named_modules():
+        if each is module and isinstance(each, nn.Linear):
+            fills = skeleton.fills.get(f"{path}.{WEIGHT}", [])
+            return Matrix(fills[0].name, module) if fills else None
+    return None
+
+
+def map_threads(work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """``work`` of every item, in order, over as many threads as torch has, each computing alone."""
+    import torch
+
+    def alone(item: Any) -> Any:
+        with torch.inference_mode():
+            return work(item)
+
+    count = torch.get_num_threads()
+    if count == 1:
+        yield from map(alone, items)
+        return
+    with ThreadPoolExecutor(count, "moezip-solve", torch.set_num_threads, (1,)) as pool:
+        futures = [pool.submit(alone, item) for item in items]
+        try:
+            for future in futures:
+                yield future.result()
+        finally:
+            for future in futures:
+                future.cancel()

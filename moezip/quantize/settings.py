@@ -1,0 +1,46 @@
+"""What every quantization can be told besides its solver's own knobs: who gets how many bits, and how they are stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moezip.errors import UsageError
+
+INPUTS = ("quantized", "original")
+UNPACKED = 16
+
+
+@dataclass(frozen=True, slots=True)
+class StorageParams:
+    """Attributes:
+    attention: bits of every linear in a decoder layer outside the MoE block; 16 leaves it as it is, 0 takes the
+        experts' whole bits, or 4 if those are fewer.
+    shared: the same for shared experts. dense: for the linears of layers without experts.
+    head: bits of the output embedding; 16 leaves it as it is.
+    symmetric: store no zeros: smaller, and less exact.
+    scale: stored scales, ``F16`` or ``BF16``.
+    double: store the scales themselves in 8 bits.
+    inputs: layers are solved on the outputs of ``quantized`` layers before them, or of the ``original`` ones.
+    """
+
+    attention: int = 0
+    shared: int = 0
+    dense: int = 0
+    head: int = UNPACKED
+    symmetric: bool = False
+    scale: str = "F16"
+    double: bool = False
+    inputs: str = "quantized"
+
+    def __post_init__(self) -> None:
+        for name in ("attention", "shared", "dense", "head"):
+            bits = getattr(self, name)
+            if bits not in (*range(1, 9), UNPACKED) and not (bits == 0 and name != "head"):
+                raise UsageError(f"{name} cannot have {bits} bits", where=f"--set {name}={bits}",
+                                 next="use 1 to 8, or 16 to leave it as it is")  # fmt: skip
+        if self.scale not in ("F16", "BF16"):
+            raise UsageError(f"scales cannot be stored as {self.scale}", where=f"--set scale={self.scale}",
+                             next="use F16 or BF16")  # fmt: skip
+        if self.inputs not in INPUTS:
+            raise UsageError(f"inputs is {self.inputs!r}", where=f"--set inputs={self.inputs}",
+                             next=f"use {' or '.join(INPUTS)}")  # fmt: skip
