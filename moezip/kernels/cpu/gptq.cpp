@@ -18,17 +18,24 @@ template <int COUNT>
 static inline void pay(float* tile, int64_t place, int64_t done, int64_t columns, const float* factor, int64_t stride) {
   vec sums[COUNT][WIDE];
   const float* row = factor + place * stride;
+  MOEZIP_UNROLLED
   for (int j = 0; j < COUNT; ++j)
+    MOEZIP_UNROLLED
     for (int v = 0; v < WIDE; ++v) sums[j][v] = load(tile + (place + j) * TILE + v * LANES);
   for (int64_t i = columns - 1; i >= done; --i) {
     vec errors[WIDE];
+    MOEZIP_UNROLLED
     for (int v = 0; v < WIDE; ++v) errors[v] = load(tile + i * TILE + v * LANES);
+    MOEZIP_UNROLLED
     for (int j = 0; j < COUNT; ++j) {
       vec share = splat(row[j * stride + i]);
+      MOEZIP_UNROLLED
       for (int v = 0; v < WIDE; ++v) sums[j][v] = fused_less(errors[v], share, sums[j][v]);
     }
   }
+  MOEZIP_UNROLLED
   for (int j = 0; j < COUNT; ++j)
+    MOEZIP_UNROLLED
     for (int v = 0; v < WIDE; ++v) store(tile + (place + j) * TILE + v * LANES, sums[j][v]);
 }
 

@@ -73,12 +73,17 @@ static inline vec times_pair(vec, float, vec sum) { return sum; }
 // ROWS_AT_ONCE rows of the block of panels (above, beside).
 template <bool PAIRS>
 static inline void some_rows(const float* above, const float* beside, int64_t steps, vec sums[ROWS_AT_ONCE][ACROSS]) {
+  MOEZIP_UNROLLED
   for (int m = 0; m < ROWS_AT_ONCE; ++m)
+    MOEZIP_UNROLLED
     for (int v = 0; v < ACROSS; ++v) sums[m][v] = vec{};
   for (int64_t t = 0; t < steps; ++t, above += PANEL, beside += PANEL) {
     vec b[ACROSS];
+    MOEZIP_UNROLLED
     for (int v = 0; v < ACROSS; ++v) b[v] = load(beside + v * LANES);
+    MOEZIP_UNROLLED
     for (int m = 0; m < ROWS_AT_ONCE; ++m)
+      MOEZIP_UNROLLED
       for (int v = 0; v < ACROSS; ++v)
         sums[m][v] = PAIRS ? times_pair(b[v], above[m], sums[m][v]) : times(b[v], above[m], sums[m][v]);
   }

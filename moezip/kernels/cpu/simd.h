@@ -12,6 +12,13 @@
 #include <immintrin.h>
 #endif
 
+// Loops over vectors that must end up in registers, whatever the compiler thinks that is worth.
+#if defined(__clang__)
+#define MOEZIP_UNROLLED _Pragma("clang loop unroll(full)")
+#else
+#define MOEZIP_UNROLLED _Pragma("GCC unroll 8")
+#endif
+
 namespace moezip {
 namespace MOEZIP_ISA {
 
@@ -31,9 +38,13 @@ static inline vec load(const float* from) { return *reinterpret_cast<const loose
 static inline void store(float* to, vec v) { *reinterpret_cast<loose*>(to) = v; }
 
 static inline vec splat(float x) {
-  vec v;
-  for (int i = 0; i < LANES; ++i) v[i] = x;
-  return v;
+#if defined(__AVX512F__)
+  return (vec)_mm512_set1_ps(x);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return (vec)_mm256_set1_ps(x);
+#else
+  return vec{x, x, x, x};
+#endif
 }
 
 // sum - a * b and sum + a * b, rounded once where the hardware can.
