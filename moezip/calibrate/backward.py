@@ -81,7 +81,8 @@ class Backward:
     ):
         import torch
 
-        self.stream, self.rows, self.folder, self.labels = stream, rows, folder, labels
+        self.stream, self.rows, self.folder = stream, rows, folder
+        self.labels, self.seed = labels, seed
         stream.micro_rows = max(stream.rows_per_step(rows.ids.shape[1]) // SHARE_OF_ROWS, 1)
         entry, config = stream.skeleton.architecture, stream.source.config
         self._entry = entry

@@ -171,12 +171,9 @@ class Kept:
         """Removes everything, the small file first, and the folders if nothing else is in them."""
         if self.job:
             self._state.unlink(missing_ok=True)
+            forget_files(self.folder)
         self._remove(keep=set())
         self.saved, self._fresh = Standing(), {}
-        if self.job:
-            for folder in (self.folder, self.folder.parent):
-                if folder.is_dir() and not any(folder.iterdir()):
-                    folder.rmdir()
 
     def forget_unsaved(self) -> None:
         """Removes what the last save does not need; everything if there was none."""
@@ -184,6 +181,16 @@ class Kept:
             self.clear()
         else:
             self._remove(keep={*self.saved.files(self._facts), _sums_file(self.saved)})
+
+
+def forget_files(folder: Path) -> None:
+    """Removes all files of backward passes from ``folder``; the folder and its parent too if they are then empty."""
+    for pattern in _OURS:
+        for file in folder.glob(pattern):
+            file.unlink()
+    for empty in (folder, folder.parent):
+        if empty.is_dir() and not any(empty.iterdir()):
+            empty.rmdir()
 
 
 def _sums_file(standing: Standing) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -15,6 +14,7 @@ from moezip.calibrate.backward import Backward, Labels
 from moezip.calibrate.capture import Capture
 from moezip.calibrate.data import Rows
 from moezip.calibrate.hidden import HiddenStates
+from moezip.calibrate.kept import STATE, another_job, damaged, forget_files
 from moezip.calibrate.record import Record
 from moezip.calibrate.statistics import Domain, Statistics
 from moezip.calibrate.stream import Stream
@@ -25,6 +25,7 @@ from moezip.progress import Progress, Watch, unwatched
 # A pass is saved after a layer if the last save is older than this: saving costs a write of all hidden states, losing
 # costs the work since then.
 SAVE_EVERY_SECONDS = 60.0
+BACKWARD = "backward"  # folder of its files, in the work folder
 
 
 def calibrate(
@@ -52,7 +53,7 @@ def calibrate(
         resume: go on from what an interrupted pass left there; from the start if there is nothing.
         save_every: seconds between saves.
         gradients: also run backward, with the text's own labels (``data``) or labels drawn from the model
-            (``model``, by ``seed``). Needs ``workdir`` for the layers' inputs, and starts anew when resumed.
+            (``model``, by ``seed``). Needs ``workdir`` for the layers' inputs.
 
     Raises:
         MoezipError: weights that are not finite, a work folder of another job, too little memory or disk.
@@ -61,9 +62,18 @@ def calibrate(
     entry = stream.skeleton.architecture
     scale = float(source.config.get(entry.residual_scale_key) or 1.0) if entry.residual_scale_key else 1.0
     capture = Capture(entry, entry.layer_facts(source.config), records, scale)
-    if gradients is not None:
-        return _with_gradients(source, stream, rows, capture, gradients, seed, workdir, watch)
+    if workdir is not None and not resume:
+        _forget_interrupted(workdir)
     job = _job(source, rows, records, stream)
+    if gradients is not None:
+        if workdir is None:
+            raise MoezipError("a backward pass keeps every layer's input on disk", next="name a --workdir for them")
+        backward = Backward(
+            stream, rows, workdir / BACKWARD, labels=gradients, seed=seed, capture=capture,
+            job=f"{job} {gradients} {seed}", save_every=save_every,
+        )  # fmt: skip
+        backward.run(watch, resume=resume)
+        return _with_gradients(source, rows, capture, backward, {**_about(rows, stream), **(settings or {})})
     saved = None if workdir is None else Saved(workdir, job)
     first = 0
     states = stream.embed(rows)
@@ -96,32 +106,24 @@ def _about(rows: Rows, stream: Stream) -> dict[str, Any]:
 
 
 def _with_gradients(
-    source: Source,
-    stream: Stream,
-    rows: Rows,
-    capture: Capture,
-    labels: Labels,
-    seed: int,
-    workdir: Path | None,
-    watch: Watch,
+    source: Source, rows: Rows, capture: Capture, backward: Backward, settings: dict[str, Any]
 ) -> Statistics:
-    if workdir is None:
-        raise MoezipError("a backward pass keeps every layer's input on disk", next="name a --workdir for them")
-    folder = workdir / "backward"
-    backward = Backward(stream, rows, folder, labels=labels, seed=seed, capture=capture)
-    try:
-        backward.run(watch)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if workdir.is_dir() and not any(workdir.iterdir()):
-            workdir.rmdir()
     domains = []
     for domain in _domains(rows, capture):
         sums = backward.sums[domain.name]
         layers = {layer: {**named, **sums[layer]} for layer, named in domain.layers.items()}
         scored, loss = backward.scored[domain.name], backward.losses[domain.name]
         domains.append(replace(domain, layers=layers, scored=scored, loss=loss))
-    return Statistics(source.fingerprint, tuple(domains), {**_about(rows, stream), "labels": labels, "seed": seed})
+    return Statistics(
+        source.fingerprint, tuple(domains), {**settings, "labels": backward.labels, "seed": backward.seed}
+    )
+
+
+def _forget_interrupted(workdir: Path) -> None:
+    """Removes what an interrupted pass of either kind left in a work folder, the small file that names it first."""
+    if (workdir / STATE).exists():
+        Saved(workdir, "").clear()
+    forget_files(workdir / BACKWARD)
 
 
 def _job(source: Source, rows: Rows, records: Sequence[Record], stream: Stream) -> str:
@@ -144,7 +146,7 @@ class Saved:
 
     @property
     def _state(self) -> Path:
-        return self.folder / "progress.json"
+        return self.folder / STATE
 
     def save(self, layer: int, states: HiddenStates, capture: Capture, micro_rows: int) -> None:
         """Makes ``layer`` the place to go on from, with the same micro-batches."""
@@ -169,26 +171,16 @@ class Saved:
             state = json.loads(self._state.read_text())
             job, layer, rows = str(state["job"]), int(state["next_layer"]), int(state["micro_rows"])
         except (ValueError, KeyError, TypeError) as fault:
-            raise self._damaged(self._state) from fault
+            raise damaged(self._state) from fault
         if job != self.job:
-            raise MoezipError(
-                "the work folder holds an interrupted pass with another checkpoint, other data or other settings",
-                where=self.folder,
-                next="repeat the interrupted command unchanged, or start afresh without --resume",
-            )
+            raise another_job(self.folder)
         try:
             states.restore(self.folder / f"hidden-{layer}.bin")
             sums = Statistics.load(self.folder / f"sums-{layer}.safetensors")
         except (OSError, StatisticsError) as fault:
-            raise self._damaged(self.folder) from fault
+            raise damaged(self.folder) from fault
         capture.sums = {domain.name: {i: dict(named) for i, named in domain.layers.items()} for domain in sums.domains}
         return layer, rows
-
-    @staticmethod
-    def _damaged(where: Path) -> MoezipError:
-        return MoezipError(
-            "what an interrupted pass left behind is damaged", where=where, next="start afresh without --resume"
-        )
 
     def _forget(self, keep: int | None) -> None:
         for pattern in ("hidden-*.bin", "sums-*.safetensors"):
