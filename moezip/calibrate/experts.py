@@ -139,7 +139,7 @@ def experts_forward(
 def inner_activation(module: Any, expert: int, given: torch.Tensor) -> torch.Tensor:
     """The input of one expert's down projection, [n, F], for tokens [n, D]; the products are those of the forward."""
     count = given.shape[0]
-    filled = given.new_zeros(padded_rows(count), given.shape[1])
+    filled = given.new_zeros(padded_rows(max(count, 1)), given.shape[1])
     filled[:count] = given
     inner = _linear(module, "gate_up_proj" if module.has_gate else "up_proj", expert, filled)
     result: torch.Tensor = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
