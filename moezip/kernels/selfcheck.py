@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moezip.kernels import SHRINK, reference
+from moezip.kernels import SHRINK, Status, reference
 
 # Sums of products in another order, in fp32.
 SUMS = 1e-4
@@ -84,3 +87,39 @@ def checks(native: Any, rows: int, columns: int, widths: Iterable[int], threads:
 def faults(native: Any) -> list[str]:
     """What does not agree with the numpy twins, by name; small, as it runs whenever a library is loaded."""
     return [f"{what} differs from numpy's" for what, agrees in checks(native, 5, 64, (1, 2, 3)) if not agrees()]
+
+
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """One instruction set: checks passed, names of those failed, seconds of a GPTQ of [256, 512] on one thread."""
+
+    isa: str
+    passed: int
+    failed: tuple[str, ...]
+    seconds: float
+
+
+def examine(status: Status) -> list[Examined]:
+    """Checks every instruction set that the machine has, at all widths; about a second. Empty without a library."""
+    from moezip.kernels.native import Native
+
+    found = []
+    for isa in status.available:
+        native = Native(Path(str(status.library)), isa)
+        results = [(what, agrees()) for what, agrees in checks(native, 37, 128, range(1, 9))]
+        failed = tuple(what for what, agrees in results if not agrees)
+        found.append(Examined(isa, len(results) - len(failed), failed, _gptq_seconds(native)))
+    return found
+
+
+def _gptq_seconds(native: Any, rows: int = 256, columns: int = 512) -> float:
+    """The best of five: what the machine can do, whatever else it does."""
+    weight, _, factor = _problem(rows, columns, seed=2)
+    order = np.arange(columns, dtype=np.int32)
+    scales, zeros = np.full((rows, 4), 0.02, np.float32), np.full((rows, 4), 4, np.float32)
+    taken = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        native.gptq(weight, factor, order // 128, scales, zeros, 3, order, 1)
+        taken.append(time.perf_counter() - begun)
+    return min(taken)

@@ -157,7 +157,7 @@ MOEZIP_API int moezip_dequantize(int set, int threads, uint32_t* packed, int64_t
 MOEZIP_API int moezip_moment(int set, int threads, const float* values, const uint16_t* halves, const float* weights,
                              int64_t tokens, int64_t columns, float* out) {
   const Kernels& use = *SETS[set];
-  const int64_t round = 256;  // tokens whose products are summed before they meet the result
+  const int64_t round = 512;  // tokens whose products are summed before they meet the result
   const int64_t panels = (columns + use.panel - 1) / use.panel;
   const int64_t longest = tokens < round ? tokens : round;
   const size_t size = (size_t)(panels * use.panel) * (size_t)(longest + 1) * 4;
