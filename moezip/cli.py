@@ -174,6 +174,34 @@ def architectures(as_json: Json = False, debug: Debug = False) -> None:
         )
 
 
+@app.command("kernels")
+def kernels_command(as_json: Json = False, debug: Debug = False) -> None:
+    """Which compiled kernels run here, or why none, and whether each computes what its numpy twin does."""
+    from dataclasses import asdict
+
+    from moezip import kernels
+    from moezip.kernels.selfcheck import examine
+
+    status = kernels.status()
+    examined = examine(status)
+    if as_json:
+        console.data({**asdict(status), "checks": {one.isa: asdict(one) for one in examined}})
+    elif not examined:
+        console.say(f"numpy: {status.why}; {kernels.COST}")
+    else:
+        rows = [
+            (one.isa, "yes" if one.isa == status.isa else "", f"{one.passed} of {one.passed + len(one.failed)}",
+             f"{1e3 * one.seconds:.2f} ms")
+            for one in examined
+        ]  # fmt: skip
+        console.table(status.library or "", ("instruction set", "in use", "checks passed", "GPTQ of 256 x 512"), rows)
+        for one in examined:
+            for what in one.failed:
+                console.say(f"{one.isa}: {what} differs from numpy's")
+    if any(one.failed for one in examined):
+        raise typer.Exit(1)
+
+
 @app.command()
 def verify(checkpoint: Ckpt, as_json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
     """Proves a checkpoint complete: every tensor that the config implies, once, finite, checksums right."""
