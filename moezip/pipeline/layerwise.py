@@ -444,10 +444,10 @@ def layer_linears(stream: Stream, index: int) -> Iterator[tuple[str, str, Any]]:
     skeleton = stream.skeleton
     entry = skeleton.architecture
     prefix = f"{entry.layers}.{index}"
-    left_out = (f"{entry.block}.{entry.experts_module}.", f"{entry.block}.{entry.router_module}")
+    left_out = (f"{entry.block}.{entry.experts_module}.", f"{entry.block}.{entry.router_module}.")
     layer: Any = stream.layers[index]
     for path, module in layer.named_modules():
-        if not isinstance(module, nn.Linear) or path.startswith(left_out) or module.out_features == 1:
+        if not isinstance(module, nn.Linear) or f"{path}.".startswith(left_out) or module.out_features == 1:
             continue
         fills = skeleton.fills.get(f"{prefix}.{path}.{WEIGHT}", [])
         if len(fills) == 1 and fills[0].tensor is None:
