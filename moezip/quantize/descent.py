@@ -15,14 +15,14 @@ from __future__ import annotations
 import numpy as np
 
 from moezip.formats.packed import Grid
-from moezip.quantize.groups import Array, Groups, nearest, stored, top_code
+from moezip.quantize.groups import Array, Groups, nearest, stored
 
 # A new step below this share of the old one is not taken: the codes would no longer be near.
 LEAST_STEP = 0.3
 
 
 def improve(
-    weight: Array, hessian: Array, damping: float, codes: Array, groups: Groups, grid: Grid, passes: int
+    weight: Array, hessian: Array, damping: float, codes: Array, groups: Groups, passes: int
 ) -> tuple[Array, Groups, Array]:
     """``passes`` passes over all groups.
 
@@ -36,13 +36,13 @@ def improve(
     """
     changed = np.zeros(len(weight))
     for _ in range(passes):
-        codes, groups, change = _one_pass(weight, hessian, damping, codes, groups, grid, steps=True)
+        codes, groups, change = _one_pass(weight, hessian, damping, codes, groups, steps=True)
         changed += change
-    if grid.double and passes:  # steps moved freely; they are rounded together, and the codes follow
-        kept = Groups(stored(grid, groups.step), groups.zero)
+    if groups.grid.double and passes:  # steps moved freely; they are rounded together, and the codes follow
+        kept = groups.with_steps(groups.step)
         before, after = groups.values(codes) - weight, kept.values(codes) - weight
         changed += _error(after, hessian, damping) - _error(before, hessian, damping)
-        codes, groups, change = _one_pass(weight, hessian, damping, codes, kept, grid, steps=False)
+        codes, groups, change = _one_pass(weight, hessian, damping, codes, kept, steps=False)
         changed += change
     return codes, groups, changed
 
@@ -54,13 +54,12 @@ def _error(change: Array, hessian: Array, damping: float) -> Array:
 
 
 def _one_pass(
-    weight: Array, hessian: Array, damping: float, codes: Array, groups: Groups, grid: Grid, *, steps: bool
+    weight: Array, hessian: Array, damping: float, codes: Array, groups: Groups, *, steps: bool
 ) -> tuple[Array, Groups, Array]:
     count = groups.step.shape[1]
     width = weight.shape[1] // count
     codes, step, zero = codes.copy(), groups.step.copy(), groups.zero
-    values = Groups(step, zero).values(codes)
-    changes = values - weight
+    changes = groups.values(codes) - weight
     gained = np.zeros(len(weight))
     for group in range(count):
         part = slice(group * width, (group + 1) * width)
@@ -69,18 +68,18 @@ def _one_pass(
         slope = changes @ hessian[:, part] + np.float32(damping) * changes[:, part]
         if steps:
             unit = codes[:, part].astype(np.float32) - zero[:, group, None]
-            new, gain = _step(unit, slope, inner, step[:, group], grid)
+            new, gain = _step(unit, slope, inner, step[:, group], groups.grid)
             shift = (new - step[:, group])[:, None] * unit
             changes[:, part] += shift
             slope += shift @ inner
             step[:, group] = new
             gained += gain
         found, moved, gain = _codes(
-            weight[:, part] + changes[:, part], slope, inner, step[:, group], zero[:, group], top_code(grid)
+            weight[:, part] + changes[:, part], slope, inner, step[:, group], zero[:, group], groups.top
         )
         codes[:, part], changes[:, part] = found, moved - weight[:, part]
         gained += gain
-    return codes, Groups(step, zero), gained
+    return codes, Groups(groups.grid, step, zero), gained
 
 
 def _step(unit: Array, slope: Array, inner: Array, step: Array, grid: Grid) -> tuple[Array, Array]:

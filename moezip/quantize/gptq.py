@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moezip import kernels
 from moezip.errors import MoezipError, UsageError
 from moezip.formats.packed import Grid
 from moezip.quantize.descent import improve
-from moezip.quantize.groups import Array, Groups, fit, nearest, to_codes, top_code
+from moezip.quantize.groups import Array, fit, require_clip
 from moezip.quantize.hessian import PRIOR
-from moezip.quantize.rtn import RtnParams, require_clip
+from moezip.quantize.rtn import RtnParams
 from moezip.quantize.rtn import solve as round_to_nearest
 from moezip.quantize.solution import Solution, as_array
 from moezip.registry import Method
@@ -34,10 +35,8 @@ if TYPE_CHECKING:
     import torch
 
 ORDERS = ("activity", "natural")
-# Columns whose compensation is spread at once to those behind them.
-BLOCK = 128
-# Where the hessian cannot be factored the damping grows tenfold, up to this share of the mean diagonal.
-MOST_DAMPING = 100.0
+# Where the hessian cannot be factored the damping grows tenfold, from and up to these shares of the mean diagonal.
+LEAST_RAISED, MOST_DAMPING = 1e-4, 100.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +72,8 @@ class Factor:
 
     Attributes:
         hessian: float32 [C, C], as given.
-        order: [C], columns as they are rounded.
-        upper: float32 [C, C] U, in that order: U^T U = inverse of the damped hessian.
+        order: int32 [C], columns from the last to be rounded to the first.
+        upper: float32 [C, C] U, in that order: U U^T = inverse of the damped hessian.
         damping: what was added to the diagonal. share: the same as a share of the mean diagonal.
         raised: more than was asked for.
     """
@@ -86,6 +85,13 @@ class Factor:
     share: float
     raised: bool
 
+    @property
+    def importance(self) -> Array:
+        """[C], by column: what an error in it costs once all others have made up for it, 1 / (H^-1)_jj."""
+        found = np.empty(len(self.order), np.float32)
+        found[self.order] = 1 / np.einsum("ij,ij->i", self.upper, self.upper)
+        return found
+
 
 def factor(hessian: torch.Tensor, params: GptqParams) -> Factor | None:
     """``hessian`` [C, C] ready for any number of solves; None where it is 0, which tells nothing.
@@ -94,26 +100,24 @@ def factor(hessian: torch.Tensor, params: GptqParams) -> Factor | None:
         CheckpointError: a value that is no finite number.
         MoezipError: no damping makes it invertible, so it is no sum of x x^T.
     """
-    from scipy.linalg import lapack
-
     given = as_array(hessian, "hessian")
     diagonal = given.diagonal()
     mean = float(diagonal.mean(dtype=np.float64))
     if mean <= 0:
         return None
-    order = np.argsort(-diagonal, kind="stable") if params.order == "activity" else np.arange(len(given))
-    backwards = order[::-1]
+    order = np.arange(len(given))[::-1]
+    if params.order == "activity":
+        order = np.argsort(diagonal, kind="stable")
     share = params.damp
     while share <= MOST_DAMPING:
-        reversed_ = given[np.ix_(backwards, backwards)]
-        reversed_.flat[:: len(given) + 1] += np.float32(share * mean)
-        # symmetric, so its transpose is the same matrix in the order of memory that LAPACK works on in place
-        lower, failed = lapack.spotrf(reversed_.T, lower=1, overwrite_a=1, clean=1)
-        if not failed:
-            inverse, failed = lapack.strtri(lower, lower=1, overwrite_c=1)
-        if not failed and np.isfinite(inverse).all():
-            return Factor(given, order, inverse[::-1, ::-1], share * mean, share, share > params.damp)
-        share = max(10 * share, 1e-4)
+        ordered = given[np.ix_(order, order)]
+        ordered.flat[:: len(given) + 1] += np.float32(share * mean)
+        try:
+            upper = kernels.gptq_factor(ordered)
+        except np.linalg.LinAlgError:
+            share = max(10 * share, LEAST_RAISED)
+        else:
+            return Factor(given, order.astype(np.int32), upper, share * mean, share, share > params.damp)
     raise MoezipError(
         f"a hessian of {len(given)} columns cannot be factored, whatever is added to its diagonal",
         next="calibrate with more text, or in float32; --solver rtn needs no hessian",
@@ -140,47 +144,18 @@ def solve(weight: torch.Tensor, hessian: torch.Tensor | Factor | None, grid: Gri
     if ready is None:
         return round_to_nearest(weight, None, grid, RtnParams(params.clip))
     values = as_array(weight, "weight")
-    spread = np.square(ready.upper).sum(0)  # diagonal of the inverse, in order
-    importance = np.empty_like(spread)
-    importance[ready.order] = 1 / spread
-    grid, groups = fit(values, importance, grid, params.clip)
-    codes, errors = compensated(values, ready, groups, top_code(grid))
+    groups = fit(values, ready.importance, grid, params.clip)
+    members = np.arange(values.shape[1], dtype=np.int32) // (values.shape[1] // groups.step.shape[1])
+    solved = kernels.gptq(
+        values, ready.upper, members, groups.scales, groups.zeros, groups.grid.bits, order=ready.order
+    )
+    codes, errors = solved.codes, solved.loss.astype(np.float64)
     if params.refine:
-        codes, groups, change = improve(
-            values, ready.hessian, ready.damping, codes, groups, grid, params.refine
-        )  # fmt: skip
-        errors = errors + change
+        codes, groups, change = improve(values, ready.hessian, ready.damping, codes, groups, params.refine)
+        errors += change
     # the damping's own share of the error is nobody's output
     errors -= ready.damping * np.square((groups.values(codes) - values).astype(np.float64)).sum(1)
-    return Solution(
-        to_codes(grid, codes, groups),
-        torch.from_numpy(np.maximum(errors, 0)),
-        damping=ready.share,
-        raised=ready.raised,
-    )
-
-
-def compensated(weight: Array, ready: Factor, groups: Groups, top: int) -> tuple[Array, Array]:
-    """GPTQ with these steps and zeros: codes uint8 [R, C], and float64 [R], the damped output error of each row."""
-    rows, columns = weight.shape
-    work = weight.T[ready.order]  # [C, R], a copy: a column of weights is one run of memory
-    place = ready.order // (columns // groups.step.shape[1])
-    step, zero = groups.step.T[place], groups.zero.T[place]  # [C, R]
-    codes = np.empty((columns, rows), np.uint8)
-    errors = np.zeros(rows)
-    for start in range(0, columns, BLOCK):
-        stop = min(start + BLOCK, columns)
-        block = np.ascontiguousarray(ready.upper[start:stop, start:])
-        missed = np.empty((stop - start, rows), np.float32)
-        for i in range(start, stop):
-            upper = block[i - start, i - start :]  # U_ii, U_i,i+1, ...
-            code = nearest(work[i], step[i], zero[i], top)
-            error = (work[i] - step[i] * (code - zero[i])) / upper[0]
-            work[i + 1 : stop] -= upper[1 : stop - i, None] * error
-            codes[ready.order[i]], missed[i - start] = code, error
-        errors += np.square(missed, dtype=np.float64).sum(0)
-        work[stop:] -= block[:, stop - start :].T @ missed
-    return np.ascontiguousarray(codes.T), errors
+    return Solution(groups.codes(codes), torch.from_numpy(np.maximum(errors, 0)), ready.share, ready.raised)
 
 
 GPTQ = Method(

@@ -1,4 +1,4 @@
-"""Scales and zeros of groups of weights: where they come from, and what rounding makes of them.
+"""Scales and zeros of groups of weights, and what rounding makes of them.
 
 Inside this room a group is a ``step`` and a ``zero``: weight = step * (code - zero), for every width. With one bit that
 is step = 2 * scale and zero = 1/2, which gives the format's scale * (2 * code - 1).
@@ -6,38 +6,56 @@ is step = 2 * scale and zero = 1/2, which gives the format's scale * (2 * code -
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from moezip import kernels
+from moezip.errors import UsageError
 from moezip.formats.packed import Codes, Grid
-
-if TYPE_CHECKING:
-    pass
 
 Array = npt.NDArray[Any]
 
-# Shares of the range of a group at which the search cuts it off.
-SHRINK = tuple(np.linspace(1.0, 0.4, 11).tolist())
-# Rounds of: round with the best step so far, fit the step to these codes by least squares, try the neighbouring zeros.
-ROUNDS = 2
-# A group whose weights are this much smaller than its row's largest is as good as 0; its step is not made smaller.
+CLIPS = ("search", "minmax")
+# A group whose weights are this much smaller than its row's largest is as good as 0; its scale is not made smaller.
 SMALLEST = 2.0**-14
-# Rows are searched a few at a time, so that what is tried over and over stays in the cache: weights at a time.
-CACHED = 32_768
+
+
+def require_clip(clip: str) -> None:
+    """Raises UsageError unless ``clip`` is one of CLIPS."""
+    if clip not in CLIPS:
+        raise UsageError(f"clip is {clip!r}", where=f"--set clip={clip}", next=f"use {' or '.join(CLIPS)}")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Groups:
-    """Attributes:
-    step, zero: float32 [R, G], exactly what the stored form decodes to; zeros are whole numbers except with one bit.
+    """The groups of a matrix [R, C].
+
+    Attributes:
+        grid: what they belong to.
+        step, zero: float32 [R, G], exactly what the stored form decodes to; zeros are whole except with one bit.
     """
 
+    grid: Grid
     step: Array
     zero: Array
+
+    @property
+    def top(self) -> int:
+        """The largest code."""
+        return self.grid.levels - 1
+
+    @property
+    def scales(self) -> Array:
+        """float32 [R, G], as the format has them."""
+        return np.ascontiguousarray(self.step / _steps_per_scale(self.grid))
+
+    @property
+    def zeros(self) -> Array | None:
+        """uint8 [R, G], as the format has them; None where it has none."""
+        return None if self.grid.symmetric else self.zero.astype(np.uint8)
 
     def values(self, codes: Array) -> Array:
         """float32 [R, C], the weights behind codes [R, C]."""
@@ -45,11 +63,24 @@ class Groups:
         grouped = codes.reshape(rows, self.step.shape[1], -1).astype(np.float32)
         return ((grouped - self.zero[..., None]) * self.step[..., None]).reshape(rows, columns)
 
-    def nearest(self, weight: Array, top: int) -> Array:
+    def nearest(self, weight: Array) -> Array:
         """uint8 [R, C], the code nearest to each weight [R, C]."""
-        rows, columns = weight.shape
-        grouped = weight.reshape(rows, self.step.shape[1], -1)
-        return nearest(grouped, self.step[..., None], self.zero[..., None], top).reshape(rows, columns).astype(np.uint8)
+        return kernels.round_codes(weight, self.scales, self.zeros, self.grid.group, self.grid.bits)
+
+    def with_steps(self, step: Array) -> Groups:
+        """The same zeros, and the steps nearest to ``step`` [R, G] that can be stored."""
+        return Groups(self.grid, stored(self.grid, step), self.zero)
+
+    def codes(self, codes: Array) -> Codes:
+        """``codes`` [R, C] in the form that is stored."""
+        import torch
+
+        zeros = None if self.zeros is None else torch.from_numpy(self.zeros)
+        return Codes(self.grid, torch.from_numpy(np.ascontiguousarray(codes)), torch.from_numpy(self.scales), zeros)
+
+
+def _steps_per_scale(grid: Grid) -> np.float32:
+    return np.float32(2.0 if grid.bits == 1 else 1.0)
 
 
 def nearest(weight: Array, step: Array, zero: Array, top: int) -> Array:
@@ -57,121 +88,47 @@ def nearest(weight: Array, step: Array, zero: Array, top: int) -> Array:
     return np.clip(np.rint(weight / step + zero), 0, top)
 
 
-def top_code(grid: Grid) -> int:
-    """The largest code."""
-    return grid.levels - 1
-
-
 def stored(grid: Grid, step: Array) -> Array:
-    """The steps [R, G] that the stored scales stand for."""
+    """float32 [R, G], the steps that the stored scales stand for."""
     import torch
 
-    half = np.float32(2.0 if grid.bits == 1 else 1.0)
-    kept: Array = grid.stored_scales(torch.from_numpy(np.ascontiguousarray(step / half, np.float32))).numpy()
-    return kept * half
+    factor = _steps_per_scale(grid)
+    kept: Array = grid.stored_scales(torch.from_numpy(np.ascontiguousarray(step / factor, np.float32))).numpy()
+    return kept * factor
 
 
-def to_codes(grid: Grid, codes: Array, groups: Groups) -> Codes:
-    """What the format stores."""
-    import torch
+def fit(weight: Array, importance: Array | None, grid: Grid, clip: str) -> Groups:
+    """The groups for rounding ``weight``, row by row and group by group.
 
-    scales = torch.from_numpy(np.ascontiguousarray(groups.step / np.float32(2.0 if grid.bits == 1 else 1.0)))
-    zeros = None if grid.symmetric else torch.from_numpy(groups.zero.astype(np.uint8))
-    return Codes(grid, torch.from_numpy(np.ascontiguousarray(codes)), scales, zeros)
-
-
-def fit(weight: Array, importance: Array | None, grid: Grid, clip: str) -> tuple[Grid, Groups]:
-    """Steps and zeros for plain rounding, the best found per row and group.
-
-    ``search`` cuts the range of each group off at several shares of it, then fits the step to the codes by least
-    squares and tries the neighbouring zeros; what is smallest is sum_c importance_c (w_c - rounded w_c)^2. ``minmax``
-    takes the whole range. The range always holds 0. One bit: the importance-weighted mean of |w|.
+    ``search`` cuts the range of a group off at several shares of it, at both ends, and takes what makes
+    sum_c importance_c (w_c - rounded w_c)^2 smallest; ``minmax`` takes the whole range. The range always holds 0. One
+    bit: the scale is the importance-weighted mean of |w|, the least-squares answer.
 
     Args:
         weight: float32 [R, C].
         importance: [C], at least 0; all alike by default.
-        grid: codes and groups.
-        clip: ``search`` or ``minmax``.
 
     Returns:
-        The grid (with BF16 scales where F16 could not hold them) and its groups.
+        The groups; their grid has BF16 scales where F16 could not hold them (``Grid.fitting``).
+
+    Raises:
+        PlanError: groups that do not divide the columns.
     """
-    rows, columns = weight.shape
-    count = grid.groups(columns)
-    shares = np.ones((count, columns // count), np.float32)
-    if importance is not None:
-        shares = importance.reshape(count, -1).astype(np.float32)
-        largest = shares.max(1, keepdims=True)  # each group by itself: only shares inside a group matter
-        shares = np.where(largest > 0, np.maximum(shares / np.where(largest > 0, largest, 1), 1e-6), 1)
-    step, zero = np.empty((rows, count), np.float32), np.empty((rows, count), np.float32)
-    chunk = max(1, CACHED // columns)
-    for start in range(0, rows, chunk):
-        part = slice(start, start + chunk)
-        search = _Search(weight[part].reshape(-1, count, columns // count), shares, top_code(grid))
-        step[part], zero[part] = search.run(grid, clip)
-    floor = SMALLEST * step.max(1, keepdims=True)
-    step = np.where(floor > 0, np.maximum(step, floor), 1).astype(np.float32)  # a row of zeros: any step gives zeros
-    grid = _fitting(grid, step)
-    return grid, Groups(stored(grid, step), zero)
-
-
-def _fitting(grid: Grid, step: Array) -> Grid:
     import torch
 
-    return grid.fitting(torch.from_numpy(step / np.float32(2.0 if grid.bits == 1 else 1.0)))
-
-
-class _Search:
-    """The best step and zero so far of some rows' groups [r, G, g]."""
-
-    def __init__(self, weight: Array, shares: Array, top: int):
-        self.weight, self.shares, self.top = weight, shares, top
-        self.error = np.full(weight.shape[:2], np.inf, np.float32)
-        self.step = np.zeros(weight.shape[:2], np.float32)
-        self.zero = np.zeros(weight.shape[:2], np.float32)
-
-    def run(self, grid: Grid, clip: str) -> tuple[Array, Array]:
-        if grid.bits == 1:
-            mean = (np.abs(self.weight) * self.shares).sum(-1) / self.shares.sum(-1)
-            return 2 * mean, np.full_like(mean, 0.5)
-        candidates = self._ends(grid, (1.0,) if clip == "minmax" else SHRINK)
-        if clip == "minmax":
-            return next(candidates)
-        for step, zero in candidates:
-            self._offer(step, zero, self._rounded(step, zero))
-        for _ in range(ROUNDS):
-            for shift in (0,) if grid.symmetric else (0, -1, 1):
-                zero = np.clip(self.zero + shift, 0, self.top)
-                codes = self._rounded(self.step, zero)
-                step = self._least_squares(codes, zero)
-                self._offer(step, zero, self._rounded(step, zero))
-        return self.step, self.zero
-
-    def _ends(self, grid: Grid, shrink: tuple[float, ...]) -> Iterator[tuple[Array, Array]]:
-        low, high = np.minimum(self.weight.min(-1), 0), np.maximum(self.weight.max(-1), 0)
-        for share in shrink:
-            if grid.symmetric:
-                step = 2 * share * np.maximum(high, -low) / self.top
-                yield step, np.full_like(step, grid.levels // 2)
-            else:
-                step = share * (high - low) / self.top
-                yield step, np.clip(np.rint(-share * low / np.where(step > 0, step, 1)), 0, self.top)
-
-    def _rounded(self, step: Array, zero: Array) -> Array:
-        """Codes less zero, [r, G, g]."""
-        safe = np.where(step > 0, step, 1)[..., None]
-        return nearest(self.weight, safe, zero[..., None], self.top) - zero[..., None]
-
-    def _least_squares(self, codes: Array, zero: Array) -> Array:
-        along = (self.shares * codes * self.weight).sum(-1)
-        norm = (self.shares * codes * codes).sum(-1)
-        good = (norm > 0) & (along > 0)
-        return np.where(good, along / np.where(good, norm, 1), self.step)
-
-    def _offer(self, step: Array, zero: Array, codes: Array) -> None:
-        missed = codes * step[..., None] - self.weight
-        error = (self.shares * missed * missed).sum(-1)
-        better = error < self.error
-        self.error = np.where(better, error, self.error)
-        self.step = np.where(better, step, self.step)
-        self.zero = np.where(better, zero, self.zero)
+    count = grid.groups(weight.shape[1])
+    candidates = np.ones(1, np.float32) if clip == "minmax" else None
+    shares = None if importance is None else np.ascontiguousarray(importance, np.float32)
+    scales, zeros = kernels.clip_search(
+        weight, grid.group, grid.bits, grid.symmetric, candidates=candidates, importance=shares, scale_dtype=grid.scale
+    )
+    empty = ~weight.reshape(len(weight), count, -1).any(-1)
+    largest = np.where(empty, 0, scales).max(1, keepdims=True)  # the search gives empty groups a scale of 1
+    scales = np.maximum(np.where(empty, largest, scales), SMALLEST * largest)
+    scales = np.where(scales > 0, scales, 1).astype(np.float32)  # a row of zeros: any scale gives zeros
+    grid = grid.fitting(torch.from_numpy(scales))
+    if zeros is not None:
+        zero = zeros.astype(np.float32)
+    else:
+        zero = np.full_like(scales, 0.5 if grid.bits == 1 else grid.levels // 2)
+    return Groups(grid, stored(grid, scales * _steps_per_scale(grid)), zero)
