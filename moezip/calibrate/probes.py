@@ -161,9 +161,7 @@ def _all_states(stream: Stream, rows: Rows, variants: int, workdir: Path | None)
         states.close()
 
 
-def _forward(
-    stream: Stream, rows: Rows, decisions: Sequence[Decision], states: HiddenStates, watch: Watch
-) -> None:
+def _forward(stream: Stream, rows: Rows, decisions: Sequence[Decision], states: HiddenStates, watch: Watch) -> None:
     """Takes the model and all variants to the end of the last layer, in the order of ``decisions``."""
     count, total = len(rows.ids), len(stream.layers)
     entry = stream.skeleton.architecture
@@ -232,7 +230,7 @@ def _losses(stream: Stream, rows: Rows, variants: int, states: HiddenStates) -> 
                     rise = -theirs.gather(1, text)[:, 0].double() - losses
                     rises[place, row] += float(rise.sum())
                     squares[place, row] += float(rise.square().sum())
-                    divergences[place, row] += float((shares * (ours - theirs)).sum(dtype=torch.float64))
+                    divergences[place, row] += float((shares * (ours - theirs)).sum(-1).double().sum())
     stream.free_head()
     if not (np.isfinite(base).all() and np.isfinite(squares).all()):
         raise MoezipError(

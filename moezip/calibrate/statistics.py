@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,28 @@ class Domain:
 
 
 @dataclass(frozen=True, slots=True)
+class Probe:
+    """One decision, priced by a backward pass and then taken and measured on some of the same text.
+
+    Attributes:
+        layer: where. kind: ``experts`` or ``neurons``. size: how many of them went.
+        predicted: the price, nats per token. measured: the rise of the loss.
+        error: standard error of ``measured``, tokens taken one by one.
+        divergence: KL(model || model without them), nats per token.
+        tokens: scored.
+    """
+
+    layer: int
+    kind: str
+    size: int
+    predicted: float
+    measured: float
+    error: float
+    divergence: float
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Statistics:
     """What calibration passes saw of one checkpoint.
 
@@ -71,11 +93,13 @@ class Statistics:
         source: fingerprint of the checkpoint that was run; statistics of another model are refused.
         domains: one per ``--data`` path; never summed away.
         settings: seq_len, dtype and other choices of the pass, for the reader.
+        probes: decisions that were measured after a backward pass.
     """
 
     source: str
     domains: tuple[Domain, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    probes: tuple[Probe, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -83,6 +107,8 @@ class Statistics:
 
     def __add__(self, other: Statistics) -> Statistics:
         """The statistics of both passes: domains of equal name are summed, the others stand side by side.
+
+        Probes of both are kept, those that both have once.
 
         Raises:
             StatisticsError: they are of two different checkpoints.
@@ -96,7 +122,8 @@ class Statistics:
         mine = {domain.name: domain for domain in self.domains}
         for domain in other.domains:
             mine[domain.name] = mine[domain.name] + domain if domain.name in mine else domain
-        return Statistics(self.source, tuple(mine.values()), self.settings)
+        probes = tuple(dict.fromkeys((*self.probes, *other.probes)))
+        return Statistics(self.source, tuple(mine.values()), self.settings, probes)
 
     def require(self, names: tuple[str, ...], where: object = None, *, layers: Collection[int] = ()) -> None:
         """Raises StatisticsError unless every domain has all ``layers``, and each the statistics called ``names``."""
@@ -146,6 +173,7 @@ class Statistics:
                 {"name": d.name, "data": list(d.data), "tokens": d.tokens, "scored": d.scored, "loss": d.loss}
                 for d in self.domains
             ],
+            "probes": [asdict(probe) for probe in self.probes],
         }
         temporary = path.with_name(f".{path.name}.part")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -183,7 +211,8 @@ class Statistics:
                 )
                 for i, entry in enumerate(about["domains"])
             )
-            return cls(str(about["source"]), domains, dict(about["settings"]))
+            probes = tuple(Probe(**entry) for entry in about.get("probes", ()))
+            return cls(str(about["source"]), domains, dict(about["settings"]), probes)
         except FileNotFoundError as fault:
             raise StatisticsError("there is no such statistics file", where=path, next="check --stats") from fault
         except (SafetensorError, OSError, KeyError, ValueError, IndexError, TypeError) as fault:

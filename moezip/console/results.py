@@ -87,6 +87,11 @@ def show_estimate(result: Estimate, as_json: bool) -> None:
     )
     if result.kept:
         console.table("kept", ("layer", "experts"), [(k, " ".join(map(str, v))) for k, v in result.kept.items()])
+            **(
+                {"probes": f"{result.probe_layer_tokens:,} tokens x layers (--set probes=0 leaves them away)"}
+                if result.probe_layer_tokens
+                else {}
+            ),
 
 
 def _span(counts: Sequence[int]) -> str:
@@ -127,6 +132,7 @@ def show_outcome(outcome: Outcome, out: Path, as_json: bool, quiet: bool) -> Non
             if report.stock
             else "moezip.load, or transformers after `import moezip`",
         },
+            **({"its factors": show_factors(report.price_factors)} if report.price_factors else {}),
     )
     for note in report.notes:
         console.say(f"note: {note}")
@@ -140,6 +146,18 @@ def say_unrouted(unrouted: dict[str, int]) -> None:
             f"{sum(unrouted.values())} experts in {len(unrouted)} layers saw no token; they rank last. "
             "More or wider text would tell them apart."
         )
+def show_factors(factors: Mapping[str, Any]) -> str:
+    """``experts x 1.62 (0.9 to 2.8 in 5 layers that tell by themselves), measured on a few``."""
+    parts = []
+    for kind, entry in factors.items():
+        own = list(entry["layers"].values())
+        inside = "no layer tells by itself"
+        if own:
+            inside = f"{min(own):.2g} to {max(own):.2g} in the {len(own)} layers that tell by themselves"
+        parts.append(f"{kind} x {entry['pooled']:.2f} ({inside})")
+    return "; ".join(parts) + ", from measured probes"
+
+
 
 
 def say_super_experts(profile: Mapping[str, Any] | None) -> None:
@@ -173,25 +191,46 @@ def show_evaluation(result: Evaluation) -> None:
 
 def show_jobs(results: Sequence[JobResult], as_json: bool, quiet: bool) -> None:
     if as_json:
-        console.data({"jobs": [dataclasses.asdict(result) for result in results]})
+        jobs = [dataclasses.asdict(result) for result in results]
+        console.data({"jobs": jobs, "predictions": {"plans": len(pairs), "rank_correlation": agreement}})
         return
     if quiet:
         return
     rows = []
+    from moezip.report.agreement import rank_correlation
+
+    pairs = [pair for result in results if None not in (pair := predicted_and_measured(result))]
+    agreement = rank_correlation([p for p, _ in pairs], [m for _, m in pairs])  # type: ignore[misc]
     for result in results:
         for evaluation in result.evaluations or [{}]:
             against = evaluation.get("against") or {}
             rows.append((
                 result.name,
+    priced = any(predicted_and_measured(result)[0] is not None for result in results)
                 "finished before" if result.skipped else "done",
                 console.size(result.report["bytes_after"]) if result.report else "-",
+        predicted = predicted_and_measured(result)[0]
                 f"{evaluation['nll']:.4f}" if evaluation.get("nll") is not None else "-",
                 f"{evaluation['nll'] - against['nll']:+.4f}" if against else "-",
                 result.out or "-",
             ))  # fmt: skip
-    console.table("", ("job", "state", "size", "loss", "rise", "output"), rows)
+    head = ("job", "state", "size", "loss", *(("predicted",) if priced else ()), "rise", "output")
+    console.table("", head, rows)
+    if agreement is not None:
+        console.say(f"rank correlation of predicted and measured rises over {len(pairs)} plans: {agreement:.2f}")
 
 
+def predicted_and_measured(result: JobResult) -> tuple[float | None, float | None]:
+    """The predicted rise of a job's loss, and the measured one of its last evaluation against the source."""
+    predicted = None if result.report is None else result.report.get("predicted_nats")
+    measured = None
+    for evaluation in result.evaluations:
+        if evaluation.get("against") and evaluation.get("nll") is not None:
+            measured = evaluation["nll"] - evaluation["against"]["nll"]
+    return predicted, measured
+
+
+                *((f"{predicted:+.4f}" if predicted is not None else "-",) if priced else ()),
 def show_demo(found: Sequence[JobResult], chosen_for: Collection[str], out: Path, quiet: bool) -> None:
     """What the demo found, as the table that shows the point of the method."""
     by_job = {result.name: result.evaluations[0] for result in found}

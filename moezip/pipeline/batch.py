@@ -20,6 +20,7 @@ from moezip.errors import RecipeError
 from moezip.pipeline.calibrate import run_calibration
 from moezip.pipeline.common import Clock, Common, Opened, opened
 from moezip.pipeline.evaluate import evaluate_command
+from moezip.pipeline.probes import probing
 from moezip.pipeline.prune import PruneJob, counted, make_plan, own_names, prepare_prune, write_plan
 from moezip.progress import Progress, Watch
 from moezip.recipe import Recipe, dump
@@ -28,6 +29,7 @@ from moezip.registry import parse_params
 if TYPE_CHECKING:
     from moezip.calibrate.statistics import Statistics
     from moezip.recipe.shape import Evaluate, Job, Prune
+    from moezip.registry import Method
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,15 @@ class Batch:
             names.update(own_names(method, counted(params, kept_count(experts, prune.keep, prune.ratio))))
         return sorted(names) or None
 
+    @property
+    def prunings(self) -> list[tuple[Method, Any]]:
+        """Method and settings of every prune step."""
+        from moezip.prune import METHODS
+
+        by_name = {method.name: method for method in METHODS}
+        steps = [step.prune for job in self.recipe.jobs.values() for step in job.steps if step.prune is not None]
+        return [(by_name[s.method], parse_params(by_name[s.method], _texts(s.settings))) for s in steps]
+
     def wanted(self, jobs: Iterable[Job]) -> list[str]:
         """Calibration sets of all these jobs, in the recipe's order."""
         names: set[str] = set()
@@ -128,7 +139,9 @@ class Batch:
         # a work folder of its own for this very set of calibrations: after a change of the recipe an old one is stale
         key = _digest(self._calibration_digest(name) for name in missing)
         folder = self.folder / "work" / key[:16]
-        found = run_calibration(self.model, texts, self.common, record=self.record, workdir=folder)
+        found = run_calibration(
+            self.model, texts, self.common, record=self.record, workdir=folder, **probing(self.prunings)
+        )
         shutil.rmtree(self.folder / "work", ignore_errors=True)
         for domain in found.domains:
             alone = replace(found, domains=(domain,))
@@ -139,6 +152,7 @@ class Batch:
     def _calibration_digest(self, name: str) -> str:
         entry = self.recipe.calibration[name]
         parts = [self.model.source.fingerprint, str(entry.tokens), str(self.recipe.seq_len), str(self.record)]
+        parts.append(str(probing(self.prunings)))
         return _digest([*parts, *self._contents(entry.data)])
 
     def _contents(self, paths: Iterable[Path]) -> Iterator[str]:

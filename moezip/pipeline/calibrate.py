@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from moezip.errors import MoezipError
 from moezip.pipeline.common import Clock, Common, Opened, opened, refuse_file
+from moezip.pipeline.probes import KINDS, PROBES, with_probes
 from moezip.progress import Progress
 from moezip.report.report import peak_rss_bytes
 
@@ -31,11 +32,17 @@ def run_calibration(
     record: Sequence[str] | None = None,
     workdir: Path | None = None,
     labels: Labels = "data",
+    probes: int = 0,
+    kinds: Sequence[str] = KINDS,
 ) -> Statistics:
-    """One pass over the text; statistics of every domain.
+    """One pass over the text; statistics of every domain. Then, if asked for, a pass that measures probes.
 
     They wait in the work folder as well, until ``forget``: what comes after the pass may fail, and ``resume`` then
     takes them from there.
+
+    Args:
+        labels: of a backward pass, if the records ask for one.
+        probes: decisions of each of the ``kinds`` to measure in every layer after a backward pass.
     """
     from moezip.calibrate.data import default_seq_len, load_rows, tokenizer_of
     from moezip.calibrate.record import GRADIENT_RECORDS, wants_gradients
@@ -49,6 +56,15 @@ def run_calibration(
     rows = load_rows(texts, tokenizer, common.seq_len or default_seq_len(model.source.config))
     common.watch(Progress("read text", 1, 1, "steps"))
     workdir = common.workdir or workdir
+
+    def probed(stats: Statistics) -> Statistics:
+        if not gradients or not probes or stats.probes:
+            return stats
+        stats = with_probes(model, rows, stats, common, probes, kinds, workdir)
+        if workdir is not None:
+            stats.save(workdir / KEPT)
+        return stats
+
     if common.resume and workdir is not None and (workdir / KEPT).is_file():
         kept = Statistics.load(workdir / KEPT)
         domains = [(name, (rows.fingerprint(name),)) for name in dict.fromkeys(rows.domains)]
@@ -58,7 +74,7 @@ def run_calibration(
             and [(domain.name, domain.data) for domain in kept.domains] == domains
             and all(wanted == named.keys() for domain in kept.domains for named in domain.layers.values())
         ):
-            return kept
+            return probed(kept)
     try:
         stats = calibrate(
             model.source,
@@ -78,7 +94,7 @@ def run_calibration(
         raise
     if workdir is not None:
         stats.save(workdir / KEPT)
-    return stats
+    return probed(stats)
 
 
 def records_named(names: Sequence[str] | None) -> tuple[Record, ...]:
@@ -177,7 +193,7 @@ def calibrate_command(
     require_recordable(record, model)
     workdir = common.workdir or work_folder(out)
     with resumable(workdir):
-        stats = run_calibration(model, texts, common, record=record, workdir=workdir)
+        stats = run_calibration(model, texts, common, record=record, workdir=workdir, probes=PROBES)
         stats.save(out)
     forget(workdir)
     return {

@@ -13,6 +13,7 @@ from moezip.export.stock import tensor_bytes
 from moezip.pipeline.common import Common
 from moezip.pipeline.neurons import neuron_layers
 from moezip.pipeline.prune import Prepared, PruneJob, make_plan, prepare_prune, require_text
+from moezip.pipeline.probes import probing, probing_cost
 from moezip.plan.apply import Applied
 from moezip.plan.plan import LayerPlan, Pick, Plan
 from moezip.report.overview import overview
@@ -31,6 +32,7 @@ class Estimate:
         kept: ids by layer, where they can be known without data.
         seconds, memory_bytes: rough; ``assumes`` says on what.
         disk_bytes: kept on disk while a backward pass runs, beside the output.
+        probe_layer_tokens: tokens times decoder layers that measured probes run through, after that pass.
     """
 
     method: str
@@ -45,6 +47,7 @@ class Estimate:
     disk_bytes: int
     kept: dict[str, list[int]] | None
     assumes: str
+    probe_layer_tokens: int = 0
 
 
 def dry_run(checkpoint: str, job: PruneJob, common: Common) -> Estimate:
@@ -85,6 +88,10 @@ def dry_run(checkpoint: str, job: PruneJob, common: Common) -> Estimate:
     reads = seen.bytes * (2 if gradients else 1) if passes else 0
     seconds = tokens * 2 * seen.active_parameters * work / rate + (reads + 2 * after) / DISK_BYTES_PER_SECOND
     seconds += tokens * own_seconds(prepared, rate)
+    asked = probing([(prepared.method, prepared.params)]) if gradients else {"probes": 0, "kinds": ()}
+    probes = probing_cost(model.facts, seen.layers, tokens, asked["probes"], asked["kinds"])
+    seconds += probes / seen.layers * 2 * seen.active_parameters / rate
+    seconds += seen.bytes / DISK_BYTES_PER_SECOND if probes else 0
     disk = (hidden * (seen.layers + 1) + 2 * hidden) if gradients else 0
     memory = (600 * 2**20 + seen.largest_layer_bytes + hidden) if passes else 400 * 2**20
     return Estimate(
@@ -100,6 +107,7 @@ def dry_run(checkpoint: str, job: PruneJob, common: Common) -> Estimate:
         disk_bytes=disk,
         kept=kept,
         assumes=f"{rate / 1e9:.0f} GFLOP/s (measured now), disk 1 GB/s, 6 s to start" if passes else "disk 1 GB/s",
+        probe_layer_tokens=probes,
     )
 
 

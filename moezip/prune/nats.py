@@ -11,10 +11,13 @@ of one softmax), the others grow,
 
     delta_t,i = p / (1 - p) * (y_t - S f_i(x_t)),      p = g_t,i / S,  S the sum of the gates
 
-(else delta = -g f). One streamed forward and backward pass gives all prices. Take them for comparing plans: dropping a
-whole expert is no small step, the expert that steps in brings an error of its own, and prices of several experts of one
-layer do not simply add. `benchmarks/prices.py` prints predicted and measured rises side by side: on a trained model of
-12 M parameters the measured rise was anything from nothing to 2.2 times the predicted one.
+(else delta = -g f). One streamed forward and backward pass gives all prices. Dropping a whole expert is no small step,
+and the expert that steps in brings an error of its own, so ranks are good and sizes are off. Therefore a few experts of
+every layer, cheap ones and dear ones, are dropped in turn and the rise of the loss is measured, on up to 2,048
+tokens of the calibration text, all in one more streamed pass; prices of a layer are multiplied by the factor that these
+probes give (`moezip/plan/factors.py` says how; the report shows the factors). `--set probes=N` takes N per layer, 0
+none. Prices of several experts of one layer still do not simply add: take the figure for comparing plans.
+`benchmarks/prices.py` prints predicted and measured rises side by side.
 
 `--set labels=model` draws the labels from the model's own predictions (the true Fisher) in place of the text's
 (the empirical one), at the same cost.
@@ -27,7 +30,7 @@ from dataclasses import dataclass
 
 from moezip.arch.spec import LayerFacts
 from moezip.calibrate.statistics import Array
-from moezip.prune.params import PruneParams
+from moezip.prune.params import PruneParams, require_probes
 from moezip.registry import Method
 
 
@@ -35,9 +38,14 @@ from moezip.registry import Method
 class NatsParams(PruneParams):
     """Attributes:
     labels: ``data`` or ``model``, for the pass that is made for this method; saved statistics keep their own.
+    probes: experts dropped and measured in each layer, to correct the prices by; 0 for bare prices.
     """
 
     labels: str = "data"
+    probes: int = 3
+
+    def __post_init__(self) -> None:
+        require_probes(self.probes)
 
 
 def score(facts: LayerFacts, stats: Mapping[str, Array], params: NatsParams) -> Array:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moezip.errors import UsageError
+
 
 @dataclass(frozen=True, slots=True)
 class PruneParams:
@@ -16,3 +18,9 @@ class PruneParams:
 
     guard: bool = True
     mtp: str = "drop"
+
+
+def require_probes(count: int) -> None:
+    """Raises UsageError for a number of probes below 0."""
+    if count < 0:
+        raise UsageError(f"{count} probes cannot be", where=f"--set probes={count}", next="give 0 or more")

@@ -18,6 +18,7 @@ class Report:
         bits_per_weight: stored bits, scales included, over the weights they stand for.
         experts_before, experts_after: per MoE layer.
         predicted_nats: predicted rise of the loss in nats per token; None with a reason where a method has no price.
+        price_factors: by kind of decision, what probes corrected its prices by (``moezip.plan.factors``).
         seconds: of the whole command. peak_rss_bytes: of the whole process.
         stages: seconds by stage.
         method, settings, source, statistics: provenance.
@@ -39,6 +40,7 @@ class Report:
     peak_rss_bytes: int
     stages: Mapping[str, float] = field(default_factory=dict)
     method: str | None = None
+    price_factors: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
     statistics: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,169 @@
+"""Prices corrected by what a few measured decisions show: one factor per kind of decision and layer.
+
+A second-order price ranks well and is off in size, by a factor that depends on the kind of decision and on the layer
+(a whole expert is no small step, and the expert that steps in brings an error of its own). So after the backward pass a
+few decisions of every layer are taken and measured (``moezip.calibrate.probes``), and the prices of that kind in that
+layer are multiplied by
+
+    f = sum of w p m / sum of w p^2,        w = 1 / (e^2 + (p / 2)^2)
+
+the least-squares slope through zero of measured rises m on prices p. A probe's weight counts two errors: e, the
+standard error of its rise, and half its price, by which second order misses single decisions even where the text is
+long; so one very dear expert does not decide alone. The factor's standard error is 1 / sqrt(sum of w p^2).
+A layer in which that exceeds half the factor takes the factor of all layers together, and no factor leaves 1/4 to 8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from moezip.arch.spec import LayerFacts
+from moezip.calibrate.probes import Decision
+from moezip.calibrate.statistics import Array, Domain, Probe, Statistics
+from moezip.errors import PlanError
+from moezip.plan.plan import require_keepable
+from moezip.plan.price import expert_prices, neuron_prices
+
+EXPERTS, NEURONS = "experts", "neurons"
+KINDS = (EXPERTS, NEURONS)
+# Share of its price by which a single decision is taken to be off whatever the text.
+SCATTER = 0.5
+# A layer's own factor is taken if its standard error is at most this share of it.
+DETERMINED = 0.5
+LEAST, MOST = 0.25, 8.0
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """What prices are multiplied by.
+
+    Attributes:
+        pooled: by kind, the factor of all layers together.
+        layers: by kind, the layers that have a factor of their own.
+    """
+
+    pooled: Mapping[str, float] = field(default_factory=dict)
+    layers: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+
+    def of(self, kind: str, layer: int) -> float:
+        """The layer's own factor, else that of all layers, else 1."""
+        return self.layers.get(kind, {}).get(layer, self.pooled.get(kind, 1.0))
+
+    def to_json(self) -> dict[str, Any]:
+        """By kind: ``pooled``, and ``layers`` {layer: factor} where a layer has its own."""
+        return {
+            kind: {"pooled": pooled, "layers": {str(layer): f for layer, f in self.layers.get(kind, {}).items()}}
+            for kind, pooled in self.pooled.items()
+        }
+
+
+def slope(probes: Sequence[Probe]) -> tuple[float, float]:
+    """(factor, its standard error) of some probes, as above; (1, infinity) where nothing has a price."""
+    p, m, e = (np.array([getattr(probe, name) for probe in probes]) for name in ("predicted", "measured", "error"))
+    known = p > 0
+    p, m, e = p[known], m[known], e[known]
+    if not len(p):
+        return 1.0, float("inf")
+    weights = 1.0 / (e**2 + (SCATTER * p) ** 2)
+    steep = float((weights * p**2).sum())
+    return float((weights * p * m).sum()) / steep, steep**-0.5
+
+
+def fit(probes: Sequence[Probe]) -> Factors:
+    """The factors of all kinds that were probed; a kind whose factor no probe determines is left out."""
+    pooled: dict[str, float] = {}
+    layers: dict[str, dict[int, float]] = {}
+    for kind in dict.fromkeys(probe.kind for probe in probes):
+        own = [probe for probe in probes if probe.kind == kind]
+        middle, error = slope(own)
+        if not error <= DETERMINED * middle:
+            continue
+        pooled[kind] = float(np.clip(middle, LEAST, MOST))
+        for layer in sorted({probe.layer for probe in own}):
+            factor, error = slope([probe for probe in own if probe.layer == layer])
+            if error <= DETERMINED * factor:
+                layers.setdefault(kind, {})[layer] = float(np.clip(factor, LEAST, MOST))
+    return Factors(pooled, layers)
+
+
+# -- which decisions to measure -----------------------------------------------------------------------------
+
+
+def probes_of(
+    facts: Sequence[LayerFacts],
+    domains: Sequence[Domain],
+    weights: Mapping[str, float],
+    count: int,
+    kinds: Sequence[str] = KINDS,
+) -> list[tuple[Decision, Probe]]:
+    """Decisions worth measuring, ``count`` per layer and kind, with their prices.
+
+    Experts go one at a time (one of every group where the router has groups): a cheap one, a dear one, and others
+    between them. Neurons go in shares of the layer's, cheapest first: a half, a
+    quarter, ..., each share holding the smaller ones. Layers that cannot lose an expert are left out.
+
+    Args:
+        weights: by domain, its share of the text that will be measured.
+    """  # fmt: skip
+    shares = [weights.get(domain.name, 0.0) for domain in domains]
+    experts = [expert_prices(domain) for domain in domains]
+    found: list[tuple[Decision, Probe]] = []
+    for fact in facts:
+        if EXPERTS in kinds and removable(fact):
+            price = np.average([each[fact.layer] for each in experts], axis=0, weights=shares)
+            for lot in expert_lots(fact, price, count):
+                cost = float(price[list(lot)].sum())
+                found.append((Decision(fact.layer, lot), Probe(fact.layer, EXPERTS, len(lot), cost, 0.0, 0.0, 0.0, 0)))
+        if NEURONS in kinds:
+            each = np.average([neuron_prices(domain, fact.layer) for domain in domains], axis=0, weights=shares)
+            for gone in neuron_shares(each, count):
+                cost, size = float(each[gone].sum()), int(gone.sum())
+                probe = Probe(fact.layer, NEURONS, size, cost, 0.0, 0.0, 0.0, 0)
+                found.append((Decision(fact.layer, neurons=gone), probe))
+    return found
+
+
+def removable(fact: LayerFacts) -> bool:
+    """Whether the layer's router works with one expert less, or one less in every group."""
+    try:
+        require_keepable(fact, fact.experts - fact.groups)
+    except PlanError:
+        return False
+    return True
+
+
+def expert_lots(fact: LayerFacts, price: Array, count: int) -> list[tuple[int, ...]]:
+    """``count`` lots of one expert of every group that have a price, from cheap to dear, each once.
+
+    They lie in the middle of ``count`` equal parts of the ranking: the very cheapest is lost in noise, and the very
+    dearest is no small step and never goes.
+    """
+    size = fact.experts // fact.groups
+    order = np.argsort(price.reshape(fact.groups, size), axis=1, kind="stable") + size * np.arange(fact.groups)[:, None]
+    lots = [tuple(sorted(map(int, order[:, place]))) for place in range(size)]
+    priced = [lot for lot in lots if price[list(lot)].sum() > 0]
+    if not priced:
+        return []
+    return [priced[place] for place in dict.fromkeys(int((at + 0.5) * len(priced) / count) for at in range(count))]
+
+
+def neuron_shares(price: Array, count: int) -> list[Any]:
+    """[E, F] masks of the cheapest neurons: of 3, an eighth, a quarter and a half of them; none that is empty."""
+    order = np.argsort(price, axis=None, kind="stable")
+    masks = []
+    for halvings in range(count, 0, -1):
+        size = price.size >> halvings
+        if size:
+            gone = np.zeros(price.size, dtype=bool)
+            gone[order[:size]] = True
+            masks.append(gone.reshape(price.shape))
+    return masks
+
+
+def factors_of(stats: Statistics | None, wanted: bool = True) -> Factors:
+    """The factors that the statistics' probes give; none where there are no probes, or they are not wanted."""
+    return fit(stats.probes) if stats is not None and wanted else Factors()
