@@ -46,11 +46,12 @@ if TYPE_CHECKING:
     import torch
 
 LIMIT = 2500  # sets per layer: some minutes for the demo model and the default amount of text
-# What the float64 outputs of all experts may take at a time, and tokens and sets at a time; the sets' differences of
-# gates, in float64, are of about that size too.
-OUTPUT_BYTES = 32 * 2**20
+# What the outputs of all experts may take at a time, in the model's dtype; how many tokens and sets are judged at a time;
+# and how many tokens' outputs are float64 at a time. All of it stays below what a micro-batch's temporaries may take.
+OUTPUT_BYTES = 16 * 2**20
 MAX_TOKENS = 1024
 SETS = 32
+PIECE = 32
 # Routing a token with one set and judging it, on one core (measured, demo model); for estimates.
 SET_SECONDS = 7e-7
 
@@ -111,11 +112,11 @@ def set_losses(seen: Observation, params: NaeeParams) -> torch.Tensor:
     squares = torch.zeros(windows, set_count(facts, params.keep), dtype=torch.float64, device=device)
     before = torch.zeros(tokens, seen.experts, dtype=torch.float64, device=device)
     before.scatter_(1, seen.ids, seen.gates.double())
-    step = min(max(OUTPUT_BYTES // (8 * seen.experts * block.inputs.shape[1]), 1), MAX_TOKENS)
+    per_token = seen.experts * block.inputs.shape[1] * block.inputs.element_size()
+    step = min(max(OUTPUT_BYTES // per_token, 1), MAX_TOKENS)
     for start in range(0, tokens, step):
         part = slice(start, start + step)
-        outputs = block.outputs(part).double()
-        products = outputs @ outputs.mT  # [n, E, E]
+        products = torch.cat([_products(piece) for piece in block.outputs(part).split(PIECE)])
         sets, first = kept_sets(facts, params.keep), 0
         while some := list(islice(sets, SETS)):
             changes = torch.stack([before[part] - block.gates(kept, part) for kept in some], 1)  # [n, sets, E]
@@ -124,6 +125,12 @@ def set_losses(seen: Observation, params: NaeeParams) -> torch.Tensor:
             squares[:, first : first + len(some)].index_add_(0, block.windows[part], found)
             first += len(some)
     return (squares if params.squared else squares.sqrt()).sum(0)
+
+
+def _products(outputs: torch.Tensor) -> torch.Tensor:
+    """f_i . f_j of every token, [n, E, E] float64, from [n, E, D]."""
+    exact = outputs.double()
+    return exact @ exact.mT
 
 
 def name_of(params: NaeeParams) -> str:
