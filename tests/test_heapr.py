@@ -190,12 +190,3 @@ def test_shared_experts_stay_whole() -> None:
     plans = neuron_plans(facts, {0: np.random.default_rng(0).random((2, 12))}, 0.25, uniform=True,
                          allowed=lambda width: 24 % width == 0)  # fmt: skip
     assert plans[0].widths(12) == (8, 8)
-
-
-def test_quantized_experts_keep_their_neurons(tiny: Any) -> None:
-    source = Checkpoint.open(tiny("deepseek_v3", stored="fp8"))
-    entry = identify(source.config)
-    facts = entry.layer_facts(source.config)
-    layers = neuron_plans(facts, half_of_each(facts, facts[0].width), 0.5, uniform=True)
-    with pytest.raises(PlanError, match="stored codes come in blocks"):
-        Applied(source, Plan(source.fingerprint, entry.name, layers))

@@ -6,6 +6,9 @@ counts and adds::
     "quantization_config": {"quant_method": "moezip", "version": 1, "bits": 16,
                             "experts": {"<decoder layer>": [width of expert 0, of expert 1, ...], ...}}
 
+and, where the source stored its matrices in fp8 blocks, its own ``quantization_config`` under ``"stored"``: then so do
+they here, and the 16 bits are those of what is decoded.
+
 Every MoE layer is listed. Every expert has tensors of its own, gate and up [w, D], down [D, w], under the family's
 names or, where the family has one tensor for all experts, those of ``Architecture.split``. An expert of width 0, which
 outputs nothing but its bias if it has one, has no other tensors. Router tensors have as many entries as the layer has
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 METHOD = "moezip"
 VERSION = 1
 BITS = 16
+STORED = "stored"
 # The tripwire's dtype (its safetensors name), shape and value.
 TRIPWIRE_DTYPE, TRIPWIRE_SHAPE, TRIPWIRE_VALUE = "U8", (1,), 0
 FIX = "write the checkpoint again with moezip, or use the config.json that came with the weights"
@@ -43,9 +47,11 @@ class Layout:
 
     Attributes:
         widths: per MoE layer the inner size of each of its experts; 0 for one that outputs nothing.
+        stored: the ``quantization_config`` of the codes that matrices are stored as; None for plain numbers.
     """
 
     widths: Mapping[int, tuple[int, ...]]
+    stored: Mapping[str, Any] | None = None
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Layout | None:
@@ -76,12 +82,16 @@ class Layout:
             if not all(isinstance(width, int) and not isinstance(width, bool) and width >= 0 for width in row):
                 raise _corrupt(f"quantization_config.experts[{key}] holds something that is no width")
             widths[int(key)] = tuple(row)
-        return cls(dict(sorted(widths.items())))
+        stored = given.get(STORED)
+        if stored is not None and not (isinstance(stored, Mapping) and stored.get("quant_method") == "fp8"):
+            raise _corrupt(f"quantization_config.{STORED} names no codes that moezip keeps")
+        return cls(dict(sorted(widths.items())), stored)
 
     def to_config(self) -> dict[str, Any]:
         """The ``quantization_config`` that names this layout."""
         experts = {str(layer): list(row) for layer, row in sorted(self.widths.items())}
-        return {"quant_method": METHOD, "version": VERSION, "bits": BITS, "experts": experts}
+        found = {"quant_method": METHOD, "version": VERSION, "bits": BITS, "experts": experts}
+        return found if self.stored is None else {**found, STORED: dict(self.stored)}
 
     def facts(self, facts: Sequence[LayerFacts]) -> list[LayerFacts]:
         """``facts`` of the config alone with each layer's own number of experts, and its widest expert's width.
@@ -140,6 +150,19 @@ def tripwire_of(architecture: Architecture, config: Mapping[str, Any]) -> str | 
     """``tripwire`` of a config; None for a checkpoint of another format."""
     layout = Layout.of(config)
     return None if layout is None else tripwire(architecture, layout)
+
+
+def inseparable(config: Mapping[str, Any]) -> str | None:
+    """Why no neurons can be taken out of the stored experts, nor layers differ; None where they can."""
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if method in (None, "fp8"):
+        return None
+    if method == "mxfp4":
+        return (
+            "mxfp4 has one scale for 32 neighbours: what is left of them would have to be rounded to 4 bits again, and "
+            "the codes of a layer's experts are one tensor"
+        )
+    return f"its weights are stored as {method!r}"
 
 
 def require_uniform(config: Mapping[str, Any], what: str, where: object = None) -> None:

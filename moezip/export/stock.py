@@ -109,6 +109,7 @@ def card(applied: Applied) -> str:
         f"Made by moezip {__version__}, method `{method}`: {kept} are left. What was kept, the scores and the data it "
         "was chosen with are in `moezip/plan.json`; sizes and timings in `moezip/report.json`.",
         "",
+        *([f"Stored codes: {applied.stored_note}.", ""] if applied.stored_note else []),
         "Its layers or experts differ in size, so it loads with moezip installed:" if ragged else "A stock checkpoint:",
         "",
         "```python",

@@ -7,7 +7,7 @@ is the inverse of what the weight was multiplied with before rounding). Source: 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ def block_size(config: Mapping[str, Any]) -> Block:
     Raises:
         CheckpointError: it is not a pair of positive whole numbers.
     """
-    given = (config.get("quantization_config") or {}).get("weight_block_size")
+    given = _settings(config).get("weight_block_size")
     if given is None:
         return BLOCK
     if not isinstance(given, list) or len(given) != 2 or not all(type(n) is int and n > 0 for n in given):
@@ -40,6 +40,17 @@ def block_size(config: Mapping[str, Any]) -> Block:
             next="use the config.json that came with the weights",
         )
     return given[0], given[1]
+
+
+def powers_of_two(config: Mapping[str, Any]) -> bool:
+    """Whether the factors are to be powers of two, as some engines' kernels take them to be (``scale_fmt``)."""
+    return _settings(config).get("scale_fmt") == "ue8m0"
+
+
+def _settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The ``quantization_config``; the source's own where moezip's format keeps that under ``stored``."""
+    given = config.get("quantization_config") or {}
+    return given.get("stored") or given
 
 
 def scale_shape(rows: int, columns: int, block: Block = BLOCK) -> tuple[int, int]:
@@ -88,10 +99,16 @@ def decode(
     return weight.to(torch.bfloat16 if dtype is None else dtype)
 
 
-def encode(weight: torch.Tensor, block: Block = BLOCK) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes float8_e4m3fn [..., rows, columns] and factors float32 [..., row blocks, column blocks] of a weight.
+def encode(
+    weight: torch.Tensor, block: Block = BLOCK, *, powers_of_two: bool = False, dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes float8_e4m3fn [..., rows, columns] and factors [..., row blocks, column blocks] of a weight.
 
     Each factor maps its block's largest magnitude to 448; the factor of an all-zero block is 1.
+
+    Args:
+        powers_of_two: the next higher power of two instead, which maps it to at most 448.
+        dtype: of the factors, float32 by default; codes are of the rounded factor.
     """
     import torch
 
@@ -102,9 +119,57 @@ def encode(weight: torch.Tensor, block: Block = BLOCK) -> tuple[torch.Tensor, to
     tiles = padded.unflatten(-2, (blocks[0], block[0])).unflatten(-1, (blocks[1], block[1]))
     largest = tiles.abs().amax((-3, -1))
     scale_inv = torch.where(largest > 0, largest / LARGEST, torch.ones_like(largest))
-    scaled = (tiles / scale_inv[..., :, None, :, None]).clamp(-LARGEST, LARGEST)
+    if powers_of_two:  # frexp gives a mantissa in [0.5, 1), which is 0.5 of a power of two itself
+        mantissa, exponent = torch.frexp(scale_inv)
+        scale_inv = torch.ldexp(torch.ones_like(mantissa), exponent - (mantissa == 0.5).to(exponent.dtype))
+    scale_inv = scale_inv.to(dtype or torch.float32)
+    scaled = (tiles / scale_inv.to(torch.float32)[..., :, None, :, None]).clamp(-LARGEST, LARGEST)
     codes = scaled.flatten(-2).flatten(-3, -2)[..., :rows, :columns].contiguous()
     return codes.to(torch.float8_e4m3fn), scale_inv
+
+
+def origins_of(entries: Sequence[int], size: int) -> list[list[int]]:
+    """Per block of ``size`` entries, the source block of each."""
+    return [[entry // size for entry in entries[i : i + size]] for i in range(0, len(entries), size)]
+
+
+def take(
+    codes: torch.Tensor,
+    scale_inv: torch.Tensor,
+    entries: Sequence[int],
+    axis: int,
+    block: Block = BLOCK,
+    *,
+    powers_of_two: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and factors of some rows (``axis`` 0) or columns (1) of a stored matrix.
+
+    A block of the result whose entries all come from one block of the source has that block's factor and codes, bit
+    for bit. A block of mixed origin is decoded, and rounded anew with a factor of its own.
+
+    Args:
+        codes: float8_e4m3fn [rows, columns]. scale_inv: its factors.
+        entries: at least one, in the order wanted.
+        powers_of_two: see ``encode``.
+    """
+    import torch
+
+    wanted = torch.tensor(entries)
+    origins = origins_of(entries, block[axis])
+    pure = [len(set(origin)) == 1 for origin in origins]
+    copied = codes.view(torch.uint8).index_select(axis, wanted)  # no index_select of float8 is needed
+    factors = scale_inv.index_select(axis, torch.tensor([origin[0] for origin in origins]))
+    if all(pure):
+        return copied.view(torch.float8_e4m3fn), factors
+    weight = decode(codes, scale_inv, block, dtype=torch.float32).index_select(axis, wanted)
+    rounded, fresh = encode(weight, block, powers_of_two=powers_of_two, dtype=scale_inv.dtype)
+    found = rounded.view(torch.uint8)
+    for number, same in enumerate(pure):
+        if same:
+            start, length = number * block[axis], len(origins[number])
+            found.narrow(axis, start, length).copy_(copied.narrow(axis, start, length))
+            fresh.select(axis, number).copy_(factors.select(axis, number))
+    return rounded, fresh
 
 
 def stored(source: Source) -> Iterator[Stored]:

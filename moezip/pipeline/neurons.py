@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moezip.arch.layout import inseparable
 from moezip.arch.spec import LayerFacts
 from moezip.errors import ArchitectureError, UsageError
+from moezip.formats.fp8_block import block_size
 from moezip.pipeline.common import Opened
 from moezip.plan.neurons import neuron_plans
 from moezip.plan.plan import LayerPlan
@@ -20,8 +23,8 @@ if TYPE_CHECKING:
 
 def require_raggable(model: Opened, what: str) -> None:
     """Raises UsageError if the checkpoint cannot have layers or experts that differ."""
-    if model.source.config.get("quantization_config"):
-        raise UsageError(f"a quantized checkpoint cannot have {what} yet", where=model.source.folder,
+    if reason := inseparable(model.source.config):
+        raise UsageError(f"this checkpoint cannot have {what}: {reason}", where=model.source.folder,
                          next="keep the same number everywhere, or start from the unquantized form")  # fmt: skip
 
 
@@ -32,10 +35,10 @@ def check_neurons(method: Method, model: Opened, keep: int | None, ratio: float 
             f"{method.name} removes neurons inside experts, not experts", where="--keep",
             next="say what share of them with --ratio R",
         )  # fmt: skip
-    if model.source.config.get("quantization_config"):
+    if reason := inseparable(model.source.config):
         raise UsageError(
-            f"{method.name} cannot cut neurons out of stored quantized blocks", where=model.source.folder,
-            next="prune whole experts of this checkpoint, or start from its unquantized form",
+            f"{method.name} cannot take neurons out of this checkpoint: {reason}", where=model.source.folder,
+            next="prune whole experts of it, or start from its unquantized form",
         )  # fmt: skip
     if params.uniform:
         model.architecture.with_width(model.source.config, model.facts[0].width)
@@ -53,9 +56,13 @@ def neuron_layers(
     params: Any,
     protected: Mapping[int, Sequence[int]],
 ) -> tuple[LayerPlan, ...]:
-    """The layers of a plan of neurons, within what the architecture allows."""
+    """The layers of a plan of neurons, within what the architecture and stored fp8 blocks allow."""
+    stored = model.source.config.get("quantization_config")
+    block = math.lcm(*block_size(model.source.config)) if stored else 1
 
     def allowed(width: int) -> bool:
+        if width % block and width != facts[0].width:  # readers of one width read whole blocks
+            return False
         try:
             model.architecture.with_width(model.source.config, width)
         except ArchitectureError:

@@ -22,9 +22,7 @@ from moezip.pipeline.common import Clock, Common, Opened, opened, refuse_file, r
 from moezip.pipeline.neurons import check_neurons, neuron_layers, require_raggable
 from moezip.plan.apply import Applied
 from moezip.plan.plan import Plan, require_keepable
-from moezip.pipeline.probes import factor_note, probing
 from moezip.plan.price import expert_prices, predicted_nats, priced
-from moezip.plan.factors import Factors, factors_of
 from moezip.registry import Method, lookup, parse_params
 from moezip.report.report import Report, peak_rss_bytes
 
@@ -150,11 +148,10 @@ def make_plan(prepared: Prepared, job: PruneJob, stats: Statistics | None, commo
         layers = neuron_layers(model, model.facts, scores, job.ratio, prepared.params, protected)
     else:
         choice = None if stats is None else _choice(prepared, stats, job.weights)
-    factors = factors_of(stats, getattr(prepared.params, "probes", 1) > 0)
         keep: int | dict[int, int] = prepared.keep
         if job.scope == "model":
             assert stats is not None  # only methods that read text have comparable scores
-            keep = _counts_over_layers(prepared, job, stats, protected, factors)
+            keep = _counts_over_layers(prepared, job, stats, protected)
         layers = layer_plans(model.facts, scores, keep, protected, choice)
     made_by: dict[str, Any] = {
         "version": __version__,
@@ -171,24 +168,19 @@ def make_plan(prepared: Prepared, job: PruneJob, stats: Statistics | None, commo
         ]
     plan = Plan(model.source.fingerprint, model.architecture.name, layers, prepared.params.mtp, made_by)
     if stats is not None and priced(stats):
-        made_by["predicted_nats"] = predicted_nats(plan, stats.domains, job.weights, factors)
-        made_by["price_factors"] = factors.to_json()
+        made_by["predicted_nats"] = predicted_nats(plan, stats.domains, job.weights)
     return plan
 
 
 def _counts_over_layers(
-    prepared: Prepared,
-    job: PruneJob,
-    stats: Statistics,
-    protected: Mapping[int, Sequence[int]],
-    factors: Factors,
+    prepared: Prepared, job: PruneJob, stats: Statistics, protected: Mapping[int, Sequence[int]]
 ) -> dict[int, int]:
-    """Experts that each layer keeps, by corrected prices of all domains; as many in all as --scope layer would keep."""
+    """Experts that each layer keeps, by prices in nats of all domains; as many in all as --scope layer would keep."""
     from moezip.plan.allocate import kept_count, model_counts
 
     facts = prepared.model.facts
     shares = np.array([job.weights.get(domain.name, 1.0) for domain in stats.domains])
-    each = [expert_prices(domain, factors) for domain in stats.domains]
+    each = [expert_prices(domain) for domain in stats.domains]
     prices = {fact.layer: np.average([p[fact.layer] for p in each], axis=0, weights=shares) for fact in facts}
     everything = sum(fact.experts for fact in facts)
     total = kept_count(everything, None if job.keep is None else job.keep * len(facts), job.ratio)
@@ -307,8 +299,7 @@ def prune_command(
             stats = Saved.load(job.stats)
         elif passes:
             with clock.stage("calibrate"):
-                asked = {**passing(prepared), **probing([(prepared.method, prepared.params)])}
-                stats = run_calibration(prepared.model, job.texts, common, workdir=workdir, **asked)
+                stats = run_calibration(prepared.model, job.texts, common, workdir=workdir, **passing(prepared))
             if save_stats is not None:
                 stats.save(save_stats)
         with clock.stage("plan"):
@@ -383,8 +374,8 @@ def _report(
     plan = applied.plan
     after = tensor_bytes(applied)
     notes = list(more)
-    if source.config.get("quantization_config"):
-        notes.append("the stored quantization was kept: codes and scales of the kept experts are the source's bytes")
+    if applied.stored_note:
+        notes.append(applied.stored_note)
     if plan.mtp == "drop" and any(
         applied.architecture.claim(name, source.config).kind == "extra" for name in source.names()
     ):
@@ -414,8 +405,6 @@ def _report(
         settings=plan.made_by.get("settings", {}),
         source=str(source.folder),
         statistics={} if stats is None else {domain.name: domain.tokens for domain in stats.domains},
-    if (note := factor_note(plan, stats)) is not None:
-        notes.append(note)
         protected={str(layer.layer): list(layer.protected) for layer in plan.layers if layer.protected},
         unrouted={} if stats is None else unrouted(stats),
         stock=not plan.ragged(width),
@@ -427,4 +416,3 @@ def weights_of(source: Source) -> int:
     """Weights, whatever they are stored in: scales and zero points not counted."""
     plain = decoded(source)
     return sum(plain.spec(name).elements for name in plain.names())
-        price_factors=plan.made_by.get("price_factors", {}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -14,19 +15,22 @@ from moezip.arch.layout import (
     TRIPWIRE_SHAPE,
     TRIPWIRE_VALUE,
     Layout,
+    inseparable,
     require_uniform,
     tripwire,
 )
 from moezip.arch.spec import Claim, ExpertTensor, LayerFacts, RouterTensor
 from moezip.checkpoint.source import Source, TensorSpec
 from moezip.errors import CheckpointError, PlanError
+from moezip.formats import fp8_block
 from moezip.plan.plan import LayerPlan, Plan
-from moezip.plan.views import Split, View, inner_entries, runs, split_roles
+from moezip.plan.views import Blocks, Split, View, inner_entries, runs, split_roles
 
 if TYPE_CHECKING:
     import torch
 
 
+Piece = View | Split | Blocks
 # What stands for the tripwire of a ragged checkpoint, which no source tensor is behind.
 TRIPWIRE = View("")
 
@@ -50,8 +54,10 @@ class Applied:
         self._layers = {layer.layer: layer for layer in plan.layers}
         self._kept = {layer.layer: layer.kept for layer in plan.layers}
         self._same = {layer.layer: layer.whole and layer.kept == tuple(range(layer.experts)) for layer in plan.layers}
+        self._names = set(source.names())
+        self._blocks = (fp8_block.block_size(source.config), fp8_block.powers_of_two(source.config))
         self._layout = self._checked_layout(facts)
-        self._views: dict[str, View | Split] = {}
+        self._views: dict[str, Piece] = {}
         self._specs: dict[str, TensorSpec] = {}
         for name in source.names():
             claim = self.architecture.claim(name, source.config)
@@ -63,7 +69,7 @@ class Applied:
 
     # -- names ----------------------------------------------------------------------------------------------
 
-    def _seen(self, name: str, claim: Claim) -> Iterator[tuple[str, View | Split]]:
+    def _seen(self, name: str, claim: Claim) -> Iterator[tuple[str, Piece]]:
         """The output tensors that one source tensor becomes: none, itself, or itself under another name."""
         if claim.kind == "extra":
             if self.plan.mtp == "drop":
@@ -81,7 +87,7 @@ class Applied:
             assert isinstance(claim.tensor, RouterTensor)
             yield name, View(name, self._kept[claim.layer], claim.tensor.axis)
 
-    def _seen_extra(self, name: str) -> Iterator[tuple[str, View]]:
+    def _seen_extra(self, name: str) -> Iterator[tuple[str, Piece]]:
         """Multi-token-prediction layers follow the ranking of the last layer."""
         last = max(self._kept)
         claim = self.architecture.claim_extra(name)
@@ -95,16 +101,22 @@ class Applied:
             axis = claim.tensor.axis if isinstance(claim.tensor, RouterTensor) else 0
             yield name, View(name, self._kept[last], axis)
 
-    def _renumbered(self, name: str, claim: Claim, layer: LayerPlan) -> Iterator[tuple[str, View]]:
+    def _renumbered(self, name: str, claim: Claim, layer: LayerPlan) -> Iterator[tuple[str, View | Blocks]]:
         if claim.expert not in layer.kept:
             return
         number = layer.kept.index(claim.expert)
-        view, neurons = View(name), layer.picks[number].neurons
+        view: View | Blocks = View(name)
+        neurons = layer.picks[number].neurons
         if neurons == ():  # an expert that outputs nothing has no tensors
             return
         if neurons is not None:
             assert isinstance(claim.tensor, ExpertTensor)
-            view = View(name, *inner_entries(claim.tensor, neurons, self._width))
+            entries, axis = inner_entries(claim.tensor, neurons, self._width)
+            codes = name.removesuffix(fp8_block.SUFFIX)
+            if codes + fp8_block.SUFFIX in self._names:
+                view = Blocks(name, codes, entries, axis, *self._blocks)
+            else:
+                view = View(name, entries, axis)
         yield re.sub(r"(?<=experts\.)\d+(?=\.)", str(number), name, count=1), view
 
     def _fused(self, name: str, claim: Claim, layer: LayerPlan) -> View:
@@ -134,21 +146,12 @@ class Applied:
                 that cannot differ.
         """
         plan, width = self.plan, self._width
-        whole = all(layer.whole for layer in plan.layers)
-        if not whole and self._source.config.get("quantization_config"):
-            raise PlanError(
-                "the plan keeps some neurons of experts whose stored codes come in blocks",
-                where=self._source.folder,
-                next="prune whole experts of a quantized checkpoint, or start from its unquantized form",
-            )
+        if not all(layer.whole for layer in plan.layers):
+            self._require_separable("experts of which some neurons are gone")
         if not plan.ragged(width):
+            self._require_whole_blocks()
             return None
-        if self._source.config.get("quantization_config"):
-            raise PlanError(
-                "the plan keeps different numbers of experts in different layers of a quantized checkpoint",
-                where=self._source.folder,
-                next="keep the same number everywhere (--scope layer), or start from the unquantized form",
-            )
+        self._require_separable("layers or experts that differ")
         if plan.mtp == "keep" and any(
             self.architecture.claim(name, self._source.config).kind == "extra" for name in self._source.names()
         ):
@@ -156,9 +159,48 @@ class Applied:
                 "multi-token-prediction layers cannot follow layers that differ", where=self._source.folder,
                 next="leave them out (--set mtp=drop)",
             )  # fmt: skip
-        layout = Layout({layer.layer: layer.widths(width) for layer in plan.layers})
+        stored = self._source.config.get("quantization_config")
+        layout = Layout({layer.layer: layer.widths(width) for layer in plan.layers}, stored)
         layout.facts(facts)
         return layout
+
+    def _require_whole_blocks(self) -> None:
+        """Raises PlanError for a stock output whose last fp8 block would be cut: engines refuse it, and transformers
+        without a GPU shares the scales out evenly, which decodes it wrongly."""
+        [kept] = {width for layer in self.plan.layers for width in layer.widths(self._width)}
+        stored = self._source.config.get("quantization_config")
+        if stored and kept != self._width and any(kept % size for size in self._blocks[0]):
+            raise PlanError(
+                f"experts of {kept} neurons do not fill the stored fp8 blocks of {self._blocks[0]}",
+                where=self._source.folder,
+                next=f"keep a multiple of {math.lcm(*self._blocks[0])} neurons",
+            )
+
+    def _require_separable(self, what: str) -> None:
+        if reason := inseparable(self._source.config):
+            raise PlanError(
+                f"the plan makes {what}, but {reason}", where=self._source.folder,
+                next="keep whole experts, as many in every layer, or start from the unquantized form",
+            )  # fmt: skip
+
+    @property
+    def requantised(self) -> int:
+        """How many stored matrices hold blocks of mixed origin, which are rounded to fp8 once more."""
+        views = (view for view in self._views.values() if isinstance(view, Blocks) and view.origin == view.codes)
+        origins = (fp8_block.origins_of(view.entries, view.block[view.axis]) for view in views)
+        return sum(any(len(set(block)) > 1 for block in blocks) for blocks in origins)
+
+    @property
+    def stored_note(self) -> str | None:
+        """What became of the source's stored codes, one sentence for the reader; None where it stores none."""
+        if not self._source.config.get("quantization_config"):
+            return None
+        if not (count := self.requantised):
+            return "the stored quantization was kept: codes and scales of the kept experts are the source's bytes"
+        return (
+            f"re-quantised: {count} matrices keep neurons of several fp8 blocks, which were rounded to fp8 blocks once "
+            "more; all other codes and scales are the source's bytes"
+        )
 
     def _add_tripwire(self, layout: Layout) -> None:
         name = tripwire(self.architecture, layout)
@@ -166,12 +208,14 @@ class Applied:
         self._views[name] = TRIPWIRE
         self._specs[name] = TensorSpec(name, TRIPWIRE_DTYPE, TRIPWIRE_SHAPE, self._source.spec(router).file)
 
-    def _add(self, target: str, view: View | Split) -> None:
+    def _add(self, target: str, view: Piece) -> None:
         if target in self._views:
             raise PlanError(f"two source tensors would both become {target}", where=self._source.folder)
         spec = self._source.spec(view.origin)
         shape = spec.shape
-        if isinstance(view, Split):
+        if isinstance(view, Blocks):
+            shape = view.shape(self._source.spec(view.codes).shape)
+        elif isinstance(view, Split):
             shape = view.shape(shape)
         elif view.slices is not None and view.entries is not None:
             shape = (len(view.entries), *shape[1:])
@@ -237,9 +281,9 @@ class Applied:
         self._require_rows(spec, rows)
         if view is TRIPWIRE:
             return torch.full(TRIPWIRE_SHAPE, TRIPWIRE_VALUE, dtype=torch.uint8)
-        if isinstance(view, Split):
-            split = view.read(self._source)
-            return split if rows is None else split[rows.start : rows.stop]
+        if isinstance(view, Split | Blocks):
+            part = view.read(self._source)
+            return part if rows is None else part[rows.start : rows.stop]
         if view.entries is None:
             return self._source.read(view.origin, rows)
         if view.slices is not None:
@@ -260,7 +304,7 @@ class Applied:
         self._require_rows(spec, rows)
         if view is TRIPWIRE:
             yield memoryview(bytes([TRIPWIRE_VALUE]))
-        elif isinstance(view, Split) or (view.entries is not None and view.slices is None and view.axis > 0):
+        elif isinstance(view, Split | Blocks) or (view.entries is not None and view.slices is None and view.axis > 0):
             import torch
 
             yield memoryview(self.read(name, rows).contiguous().view(torch.uint8).numpy().tobytes())

@@ -75,7 +75,7 @@ def neuron_plans(
         fitting = next((count for count in range(most, 0, -1) if allowed(count * step)), 0)
         if not fitting:
             raise PlanError(
-                f"no width of at most {most * step} neurons suits this architecture's shared experts",
+                f"no width of at most {most * step} neurons suits this model's shared experts and stored blocks",
                 next="remove a smaller share, or use a smaller round",
             )
         kept = {layer: [fitting] * len(counts) for layer, counts in kept.items()}

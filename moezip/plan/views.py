@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from moezip.arch.spec import ExpertRole, ExpertTensor
 from moezip.checkpoint.source import Source
+from moezip.formats import fp8_block
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +66,37 @@ class Split:
             return value.index_select(1, neurons)
         second = self.role.startswith("up")  # else the gate, first of the two
         return value.index_select(0, 2 * neurons + second if self.tensor.interleaved else neurons + second * self.width)
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Some rows or columns of a matrix that is stored in fp8 blocks: its codes, or their factors.
+
+    Attributes:
+        origin: the tensor itself, codes or factors. codes: those that it belongs to.
+        entries, axis: which of the codes.
+        block: (bh, bw). powers_of_two: as ``moezip.formats.fp8_block.encode`` has it.
+    """
+
+    origin: str
+    codes: str
+    entries: tuple[int, ...]
+    axis: int
+    block: tuple[int, int]
+    powers_of_two: bool
+
+    def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """Its shape, from that of the source's codes."""
+        kept = len(self.entries)
+        shape = (kept, stored[1]) if self.axis == 0 else (stored[0], kept)
+        return shape if self.origin == self.codes else fp8_block.scale_shape(*shape, self.block)
+
+    def read(self, source: Source) -> torch.Tensor:
+        stored = source.read(self.codes), source.read(self.codes + fp8_block.SUFFIX)
+        codes, factors = fp8_block.take(
+            *stored, self.entries, self.axis, self.block, powers_of_two=self.powers_of_two
+        )  # fmt: skip
+        return codes if self.origin == self.codes else factors
 
 
 def split_roles(tensor: ExpertTensor) -> tuple[ExpertRole, ...]:

@@ -9,15 +9,31 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from moezip.arch.layout import METHOD, Layout
+from moezip.arch.layout import METHOD, STORED, Layout
 from moezip.errors import ArchitectureError, CheckpointError
 
 if TYPE_CHECKING:
     import torch
+
+
+class DecodeBlocks(ConversionOps):
+    """fp8 codes with their factors to the numbers that they stand for; other weights as they are."""
+
+    def __init__(self, block: tuple[int, int]):
+        self.block = block
+
+    def convert(self, input_dict: dict[str, Any], full_layer_name: str = "weight", **_: Any) -> dict[str, Any]:
+        from moezip.formats.fp8_block import decode
+
+        found = {key.removesuffix("$"): value[0] if isinstance(value, list) else value
+                 for key, value in input_dict.items()}  # fmt: skip
+        weight, factors = found["weight"], found.get("weight_scale_inv")
+        return {full_layer_name: weight if factors is None else decode(weight, factors, self.block)}
 
 
 class MoezipConfig(QuantizationConfigMixin):
@@ -80,7 +96,13 @@ class MoezipQuantizer(HfQuantizer):
             targets = [str(target).replace("\\", "") for target in conversion.target_patterns]
             return any(target.endswith(("experts.gate_up_proj", "experts.down_proj")) for target in targets)
 
-        return [conversion for conversion in weight_conversions if not stacks(conversion)]
+        kept = [conversion for conversion in weight_conversions if not stacks(conversion)]
+        if getattr(self.quantization_config, STORED, None):
+            from moezip.formats.fp8_block import block_size
+
+            block = block_size({"quantization_config": self.quantization_config.to_dict()})
+            kept.append(WeightConverter(["weight$", "weight_scale_inv$"], "weight", [DecodeBlocks(block)]))
+        return kept
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         from moezip.arch.ragged import RaggedExperts
@@ -101,6 +123,11 @@ class MoezipQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
+        if getattr(self.quantization_config, STORED, None):
+            raise CheckpointError(
+                "the checkpoint stores fp8 codes, which were decoded to load it and are no longer there",
+                next="copy the folder that it was loaded from",
+            )
         return True
 
     @property
