@@ -50,7 +50,7 @@ def variants() -> dict[str, tuple[str, ...]]:
 def fingerprint() -> str:
     """16 hex digits that change with the sources, the flags and the kind of machine."""
     digest = hashlib.sha256(repr((FLAGS, variants(), sys.platform, platform.machine())).encode())
-    for file in sorted(SOURCES.iterdir()):
+    for file in sorted(file for file in SOURCES.iterdir() if file.suffix in (".cpp", ".h")):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -60,6 +60,11 @@ def cache_folder() -> Path:
     if os.environ.get("XDG_CACHE_HOME"):
         return Path(os.environ["XDG_CACHE_HOME"]) / "moezip"
     return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "moezip"
+
+
+def kept() -> Path:
+    """Where the library of these sources is kept, once it was built on first need."""
+    return cache_folder() / f"kernels-{fingerprint()}.so"
 
 
 def compiler() -> str:

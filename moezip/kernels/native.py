@@ -197,7 +197,7 @@ def find(isa: str | None = None) -> Native:
         build.BuildError: there is none, and none can be built.
         ValueError: the machine lacks ``isa``.
     """
-    kept = build.cache_folder() / f"kernels-{build.fingerprint()}.so"
+    kept = build.kept()
     for file in (Path(__file__).with_name(build.LIBRARY), kept):
         if file.exists():
             try:
