@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     import torch
 
 LIMIT = 2500  # sets per layer: some minutes for the demo model and the default amount of text
-# What the outputs of all experts may take at a time, in the model's dtype; how many tokens and sets are judged at a time;
-# and how many tokens' outputs are float64 at a time. All of it stays below what a micro-batch's temporaries may take.
+# What the outputs of all experts may take at a time, in the model's dtype; how many tokens and sets are judged at a
+# time; and how many tokens' outputs are float64 at a time. All of it is less than a micro-batch's temporaries may take.
 OUTPUT_BYTES = 16 * 2**20
 MAX_TOKENS = 1024
 SETS = 32
