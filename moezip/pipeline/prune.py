@@ -20,7 +20,9 @@ from moezip.export.stock import tensor_bytes, write_checkpoint
 from moezip.pipeline.calibrate import forget, require_files, resumable, run_calibration, unrouted, work_folder
 from moezip.pipeline.common import Clock, Common, Opened, opened, refuse_file, refuse_output
 from moezip.pipeline.neurons import check_neurons, neuron_layers, require_raggable
+from moezip.pipeline.probes import factor_note, probing
 from moezip.plan.apply import Applied
+from moezip.plan.factors import Factors, factors_of
 from moezip.plan.plan import Plan, require_keepable
 from moezip.plan.price import expert_prices, predicted_nats, priced
 from moezip.registry import Method, lookup, parse_params
@@ -137,6 +139,7 @@ def make_plan(prepared: Prepared, job: PruneJob, stats: Statistics | None, commo
     from moezip.plan.allocate import layer_plans
 
     model, method = prepared.model, prepared.method
+    factors = factors_of(stats, getattr(prepared.params, "probes", 1) > 0)
     if stats is not None:
         stats.require_source(model.source.fingerprint, job.stats)
         stats.require(method.reads(prepared.params), job.stats, layers=[fact.layer for fact in model.facts])
@@ -151,7 +154,7 @@ def make_plan(prepared: Prepared, job: PruneJob, stats: Statistics | None, commo
         keep: int | dict[int, int] = prepared.keep
         if job.scope == "model":
             assert stats is not None  # only methods that read text have comparable scores
-            keep = _counts_over_layers(prepared, job, stats, protected)
+            keep = _counts_over_layers(prepared, job, stats, protected, factors)
         layers = layer_plans(model.facts, scores, keep, protected, choice)
     made_by: dict[str, Any] = {
         "version": __version__,
@@ -168,19 +171,24 @@ def make_plan(prepared: Prepared, job: PruneJob, stats: Statistics | None, commo
         ]
     plan = Plan(model.source.fingerprint, model.architecture.name, layers, prepared.params.mtp, made_by)
     if stats is not None and priced(stats):
-        made_by["predicted_nats"] = predicted_nats(plan, stats.domains, job.weights)
+        made_by["predicted_nats"] = predicted_nats(plan, stats.domains, job.weights, factors)
+        made_by["price_factors"] = factors.to_json()
     return plan
 
 
 def _counts_over_layers(
-    prepared: Prepared, job: PruneJob, stats: Statistics, protected: Mapping[int, Sequence[int]]
+    prepared: Prepared,
+    job: PruneJob,
+    stats: Statistics,
+    protected: Mapping[int, Sequence[int]],
+    factors: Factors,
 ) -> dict[int, int]:
-    """Experts that each layer keeps, by prices in nats of all domains; as many in all as --scope layer would keep."""
+    """Experts that each layer keeps, by corrected prices of all domains; as many in all as --scope layer would keep."""
     from moezip.plan.allocate import kept_count, model_counts
 
     facts = prepared.model.facts
     shares = np.array([job.weights.get(domain.name, 1.0) for domain in stats.domains])
-    each = [expert_prices(domain) for domain in stats.domains]
+    each = [expert_prices(domain, factors) for domain in stats.domains]
     prices = {fact.layer: np.average([p[fact.layer] for p in each], axis=0, weights=shares) for fact in facts}
     everything = sum(fact.experts for fact in facts)
     total = kept_count(everything, None if job.keep is None else job.keep * len(facts), job.ratio)
@@ -299,7 +307,8 @@ def prune_command(
             stats = Saved.load(job.stats)
         elif passes:
             with clock.stage("calibrate"):
-                stats = run_calibration(prepared.model, job.texts, common, workdir=workdir, **passing(prepared))
+                asked = {**passing(prepared), **probing([(prepared.method, prepared.params)])}
+                stats = run_calibration(prepared.model, job.texts, common, workdir=workdir, **asked)
             if save_stats is not None:
                 stats.save(save_stats)
         with clock.stage("plan"):
@@ -374,7 +383,7 @@ def _report(
     plan = applied.plan
     after = tensor_bytes(applied)
     notes = list(more)
-    if applied.stored_note:
+    if isinstance(applied, Applied) and applied.stored_note:
         notes.append(applied.stored_note)
     if plan.mtp == "drop" and any(
         applied.architecture.claim(name, source.config).kind == "extra" for name in source.names()
@@ -389,6 +398,8 @@ def _report(
     guard = plan.made_by.get("settings", {}).get("guard")
     if guard and stats is None and "method" in plan.made_by:
         notes.append("the guard for super experts had no recorded outputs to look at")
+    if (note := factor_note(plan, stats)) is not None:
+        notes.append(note)
     return Report(
         out=str(out),
         bytes_before=tensor_bytes(source),
@@ -401,6 +412,7 @@ def _report(
         seconds=seconds,
         peak_rss_bytes=peak_rss_bytes(),
         stages=stages,
+        price_factors=plan.made_by.get("price_factors", {}),
         method=plan.made_by.get("method"),
         settings=plan.made_by.get("settings", {}),
         source=str(source.folder),
