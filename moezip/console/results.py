@@ -79,6 +79,11 @@ def show_estimate(result: Estimate, as_json: bool) -> None:
             "size": f"{console.size(result.bytes_before)} to {console.size(result.bytes_after)} "
             f"({result.bytes_after / result.bytes_before:.0%})",
             "calibration": f"{result.tokens:,} tokens" if result.tokens else "none",
+            **(
+                {"probes": f"{result.probe_layer_tokens:,} tokens x layers (--set probes=0 leaves them away)"}
+                if result.probe_layer_tokens
+                else {}
+            ),
             "time": f"about {console.duration(result.seconds)} ({result.assumes})",
             "memory": f"about {console.size(result.memory_bytes)}",
             "disk": "the output"
@@ -87,11 +92,6 @@ def show_estimate(result: Estimate, as_json: bool) -> None:
     )
     if result.kept:
         console.table("kept", ("layer", "experts"), [(k, " ".join(map(str, v))) for k, v in result.kept.items()])
-            **(
-                {"probes": f"{result.probe_layer_tokens:,} tokens x layers (--set probes=0 leaves them away)"}
-                if result.probe_layer_tokens
-                else {}
-            ),
 
 
 def _span(counts: Sequence[int]) -> str:
@@ -124,6 +124,7 @@ def show_outcome(outcome: Outcome, out: Path, as_json: bool, quiet: bool) -> Non
             "predicted rise of the loss": "none"
             if report.predicted_nats is None
             else f"{report.predicted_nats:.4f} nats per token (to compare plans by, see moezip methods nats)",
+            **({"its factors": show_factors(report.price_factors)} if report.price_factors else {}),
             "time": f"{console.duration(report.seconds)} ("
             + ", ".join(f"{name} {console.duration(seconds)}" for name, seconds in report.stages.items())
             + ")",
@@ -132,7 +133,6 @@ def show_outcome(outcome: Outcome, out: Path, as_json: bool, quiet: bool) -> Non
             if report.stock
             else "moezip.load, or transformers after `import moezip`",
         },
-            **({"its factors": show_factors(report.price_factors)} if report.price_factors else {}),
     )
     for note in report.notes:
         console.say(f"note: {note}")
@@ -140,12 +140,6 @@ def show_outcome(outcome: Outcome, out: Path, as_json: bool, quiet: bool) -> Non
     console.say(f"measure it: moezip evaluate {quote(str(out))} --against {quote(report.source)} --data PATH")
 
 
-def say_unrouted(unrouted: dict[str, int]) -> None:
-    if unrouted:
-        console.say(
-            f"{sum(unrouted.values())} experts in {len(unrouted)} layers saw no token; they rank last. "
-            "More or wider text would tell them apart."
-        )
 def show_factors(factors: Mapping[str, Any]) -> str:
     """``experts x 1.62 (0.9 to 2.8 in 5 layers that tell by themselves), measured on a few``."""
     parts = []
@@ -158,6 +152,12 @@ def show_factors(factors: Mapping[str, Any]) -> str:
     return "; ".join(parts) + ", from measured probes"
 
 
+def say_unrouted(unrouted: dict[str, int]) -> None:
+    if unrouted:
+        console.say(
+            f"{sum(unrouted.values())} experts in {len(unrouted)} layers saw no token; they rank last. "
+            "More or wider text would tell them apart."
+        )
 
 
 def say_super_experts(profile: Mapping[str, Any] | None) -> None:
@@ -190,27 +190,28 @@ def show_evaluation(result: Evaluation) -> None:
 
 
 def show_jobs(results: Sequence[JobResult], as_json: bool, quiet: bool) -> None:
+    from moezip.report.agreement import rank_correlation
+
+    pairs = [pair for result in results if None not in (pair := predicted_and_measured(result))]
+    agreement = rank_correlation([p for p, _ in pairs], [m for _, m in pairs])  # type: ignore[misc]
     if as_json:
         jobs = [dataclasses.asdict(result) for result in results]
         console.data({"jobs": jobs, "predictions": {"plans": len(pairs), "rank_correlation": agreement}})
         return
     if quiet:
         return
+    priced = any(predicted_and_measured(result)[0] is not None for result in results)
     rows = []
-    from moezip.report.agreement import rank_correlation
-
-    pairs = [pair for result in results if None not in (pair := predicted_and_measured(result))]
-    agreement = rank_correlation([p for p, _ in pairs], [m for _, m in pairs])  # type: ignore[misc]
     for result in results:
+        predicted = predicted_and_measured(result)[0]
         for evaluation in result.evaluations or [{}]:
             against = evaluation.get("against") or {}
             rows.append((
                 result.name,
-    priced = any(predicted_and_measured(result)[0] is not None for result in results)
                 "finished before" if result.skipped else "done",
                 console.size(result.report["bytes_after"]) if result.report else "-",
-        predicted = predicted_and_measured(result)[0]
                 f"{evaluation['nll']:.4f}" if evaluation.get("nll") is not None else "-",
+                *((f"{predicted:+.4f}" if predicted is not None else "-",) if priced else ()),
                 f"{evaluation['nll'] - against['nll']:+.4f}" if against else "-",
                 result.out or "-",
             ))  # fmt: skip
@@ -230,7 +231,6 @@ def predicted_and_measured(result: JobResult) -> tuple[float | None, float | Non
     return predicted, measured
 
 
-                *((f"{predicted:+.4f}" if predicted is not None else "-",) if priced else ()),
 def show_demo(found: Sequence[JobResult], chosen_for: Collection[str], out: Path, quiet: bool) -> None:
     """What the demo found, as the table that shows the point of the method."""
     by_job = {result.name: result.evaluations[0] for result in found}
