@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from moezip.arch.decoded import Decoded, decoded
 from moezip.arch.experts import check_shapes, read_expert
 from moezip.arch.families import identify
 from moezip.checkpoint.reader import Checkpoint
-from moezip.errors import ArchitectureError, CheckpointError
+from moezip.errors import ArchitectureError, CheckpointError, PlanError
 from moezip.formats import gptq, packed
 from moezip.formats.packed import Codes, Grid
 from tests import tiny as make_tiny
@@ -433,6 +434,21 @@ def test_pruning_copies_codes_and_keeps_the_config(form: str, name: str, tiny: T
     plain = Checkpoint.open(written(decoded(source), tmp_path / "plain"))
     wanted = streamed_logits(planned(plain, some_experts), rows)
     assert largest_difference(wanted, streamed_logits(output, rows), rows) == 0.0
+
+
+def test_pruning_where_experts_are_told_apart_by_number(tiny: Tiny, tmp_path: Path) -> None:
+    few = r"re:.*experts\.[0-3]\."
+    config = pack_quantized({"few": group_of(Grid(2, GROUP), [few]), "rest": group_of(Grid(4, GROUP), ["Linear"])})
+
+    def grids(name: str) -> Grid:
+        return Grid(2 if re.search(few[5:], name) else 4, GROUP)
+
+    folder, wanted = ct_folder(tiny("mixtral"), tmp_path / "mixed", grids, config)
+    source = Checkpoint.open(folder)
+    require_equal(decoded(source), wanted)
+    with pytest.raises(PlanError, match="under their new numbers"):
+        planned(source, lambda _: range(2, 8))
+    planned(source, lambda _: [3, 2, 1, 0, 7, 6])  # numbers stay on their side of 4
 
 
 def test_commands_read_a_packed_checkpoint(tiny: Tiny, tmp_path: Path, cli: Cli) -> None:

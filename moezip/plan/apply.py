@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moezip.arch.decoded import decoded
 from moezip.arch.families import identify
 from moezip.arch.layout import (
     TRIPWIRE_DTYPE,
@@ -21,7 +22,7 @@ from moezip.arch.layout import (
 )
 from moezip.arch.spec import Claim, ExpertTensor, LayerFacts, RouterTensor
 from moezip.checkpoint.source import Source, TensorSpec
-from moezip.errors import CheckpointError, PlanError
+from moezip.errors import ArchitectureError, CheckpointError, PlanError
 from moezip.formats import fp8_block
 from moezip.plan.plan import LayerPlan, Plan
 from moezip.plan.views import Blocks, Split, View, inner_entries, runs, split_roles
@@ -66,6 +67,8 @@ class Applied:
         if self._layout is not None:
             self._add_tripwire(self._layout)
         self._config = self._edited_config()
+        if self._layout is None and not plan.keeps_all:
+            self._require_same_forms()
 
     # -- names ----------------------------------------------------------------------------------------------
 
@@ -182,6 +185,18 @@ class Applied:
                 f"the plan makes {what}, but {reason}", where=self._source.folder,
                 next="keep whole experts, as many in every layer, or start from the unquantized form",
             )  # fmt: skip
+
+    def _require_same_forms(self) -> None:
+        """Raises PlanError where the kept ``quantization_config`` says other things of the renumbered experts than
+        their tensors do, as it may when it names experts by their numbers."""
+        try:
+            decoded(self)
+        except ArchitectureError as error:
+            raise PlanError(
+                f"quantization_config does not fit the experts under their new numbers: {error.what}",
+                where=self._source.folder,
+                next="moezip prunes quantized checkpoints that treat the experts of a layer alike",
+            ) from error
 
     @property
     def requantised(self) -> int:
