@@ -61,6 +61,10 @@ Workdir = Annotated[Path | None, typer.Option("--workdir", help="Where interrupt
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from an interrupted run of the same command.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="The only source of chance.")]
+For = Annotated[
+    str | None,
+    typer.Option("--for", metavar="READER", help="Who must read OUT: transformers, vllm, sglang, llamacpp or moezip."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Data as JSON on stdout, talk on stderr.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no talk.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -275,6 +279,7 @@ def prune(
     scope: Annotated[
         str, typer.Option("--scope", help="layer: as many experts in every layer. model: ranked over all layers.")
     ] = "layer",
+    reader: For = None,
     settings: Set = None,
     tokens: Tokens = 65_536,
     seq_len: SeqLen = None,
@@ -297,7 +302,7 @@ def prune(
     from moezip.pipeline import dry_run as estimate
 
     texts = domains_of(data, tokens) if data else ()
-    job = PruneJob(method, keep, ratio, settings_of(settings), texts, stats, scope=scope)
+    job = PruneJob(method, keep, ratio, settings_of(settings), texts, stats, scope=scope, reader=reader)
     with console.watching(quiet) as watch:
         common = _common(
             watch, device=device, max_memory=max_memory, workdir=workdir, resume=resume, overwrite=overwrite,
@@ -315,6 +320,7 @@ def apply(
     checkpoint: Ckpt,
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json.")],
     out: Out,
+    reader: For = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -324,7 +330,7 @@ def apply(
     from moezip.pipeline import apply_command
 
     with console.watching(quiet) as watch:
-        outcome = apply_command(checkpoint, plan, out, _common(watch, overwrite=overwrite))
+        outcome = apply_command(checkpoint, plan, out, _common(watch, overwrite=overwrite), reader)
     results.show_outcome(outcome, out, as_json, quiet)
 
 

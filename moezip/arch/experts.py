@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from moezip.arch.decoded import Decoded, decoded
 from moezip.arch.layout import TRIPWIRE_DTYPE, TRIPWIRE_SHAPE, Layout, tripwire
+from moezip.arch.mone import Substitution, constant
 from moezip.arch.spec import Architecture, ExpertTensor, LayerFacts, RouterTensor
 from moezip.checkpoint.source import Source
 from moezip.errors import ArchitectureError
@@ -90,13 +91,17 @@ def check_shapes(source: Source, architecture: Architecture) -> None:
     trip = None if layout is None else tripwire(architecture, layout)
     if trip is not None:
         _check_tripwire(plain, trip)
+    substitution = Substitution.of(config)
+    if substitution is not None:
+        layout = substitution.layout(architecture, list(facts.values()))
+        _check_constants(plain, architecture, substitution, facts)
     found: dict[tuple[int, ExpertTensor], set[int]] = {}
     routers: set[tuple[int, RouterTensor]] = set()
     for name in plain.names():
         if name == trip:
             continue
         claim = architecture.claim(name, config)
-        if claim.kind == "extra" or name == trip:
+        if claim.kind in ("extra", "constant"):
             continue
         if claim.layer is None or claim.tensor is None:
             _check_neighbour(name, architecture, facts, source)
@@ -157,6 +162,23 @@ def _check_tripwire(source: Source, name: str) -> None:
             where=source.folder,
             next="write the checkpoint again with moezip",
         )
+
+
+def _check_constants(
+    source: Source, architecture: Architecture, substitution: Substitution, facts: Mapping[int, LayerFacts]
+) -> None:
+    """One vector [D] for every dropped expert of a MoNE checkpoint, and no other."""
+    wanted = {
+        constant(architecture, layer, expert): (facts[layer].hidden,)
+        for layer, row in substitution.dropped.items()
+        for expert in row
+    }
+    there = {name for name in source.names() if architecture.claim(name, source.config).kind == "constant"}
+    for name in sorted(there ^ wanted.keys()):
+        raise _disagree(f"{name} is {'there, but not listed' if name in there else 'missing'}", source)
+    for name, shape in wanted.items():
+        if source.spec(name).shape != shape:
+            raise _disagree(f"{name} has shape {source.spec(name).shape}, the config implies {shape}", source)
 
 
 def _check_count(

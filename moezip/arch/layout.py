@@ -167,7 +167,9 @@ def inseparable(config: Mapping[str, Any]) -> str | None:
 
 def require_uniform(config: Mapping[str, Any], what: str, where: object = None) -> None:
     """Raises ArchitectureError if the checkpoint is ragged; ``what`` names the thing that cannot be done with it."""
-    if Layout.of(config) is not None:
+    from moezip.arch.mone import Substitution
+
+    if Layout.of(config) is not None or Substitution.of(config) is not None:
         raise ArchitectureError(
             f"{what} a checkpoint whose layers or experts differ is not possible in this version",
             where=where,

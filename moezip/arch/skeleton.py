@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moezip.arch.families import identify
-from moezip.arch.layout import Layout, tripwire
+from moezip.arch.layout import Layout, tripwire_of
 from moezip.arch.matrices import fused_part
+from moezip.arch.mone import LEAF, Substitution
 from moezip.arch.spec import Architecture, ExpertTensor
 from moezip.checkpoint.source import Source
 from moezip.errors import ArchitectureError
@@ -101,8 +102,13 @@ class Skeleton:
 
     def _make_ragged(self) -> Layout | None:
         """Layers and experts as different as the checkpoint's config says, where it does."""
-        layout = Layout.of(self.source.config)
-        if layout is not None:
+        layout, substitution = Layout.of(self.source.config), Substitution.of(self.source.config)
+        if substitution is not None:
+            from moezip.arch.novices import make_substituted
+
+            layout = substitution.layout(self.architecture, self.architecture.layer_facts(self.source.config))
+            make_substituted(self.model, self.architecture, substitution, layout)
+        elif layout is not None:
             from moezip.arch.ragged import make_ragged
 
             self.architecture.layer_facts(self.source.config)  # raises where the layout cannot be
@@ -119,15 +125,17 @@ class Skeleton:
         renamings = [step for step in mapping if isinstance(step, WeightRenaming)]
         converters = [step for step in mapping if isinstance(step, WeightConverter)]
         entry = self.architecture
-        trip = None if self.layout is None else tripwire(entry, self.layout)
+        trip = tripwire_of(entry, self.source.config)
         for name in self.source.names():
             if name == trip:
                 continue
             claim = entry.claim(name, self.source.config)
             if claim.kind == "extra":
                 continue
-            if claim.kind == "expert" and isinstance(claim.tensor, ExpertTensor):
-                module = f"{entry.layers}.{claim.layer}.{entry.block}.{entry.experts_module}"
+            module = f"{entry.layers}.{claim.layer}.{entry.block}.{entry.experts_module}"
+            if claim.kind == "constant":
+                target, fill = f"{module}.{claim.expert}.{LEAF}", Fill(name)
+            elif claim.kind == "expert" and isinstance(claim.tensor, ExpertTensor):
                 if self.layout is not None:
                     own = claim.tensor.template.partition("{expert}.")[2]
                     target, fill = f"{module}.{claim.expert}.{own}", Fill(name)

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from moezip.arch.layout import Layout
+from moezip.arch.mone import KEY, LEAF
 from moezip.errors import ArchitectureError
 
 ExpertRole = Literal["gate", "up", "down", "gate_up", "gate_bias", "up_bias", "gate_up_bias", "down_bias"]
@@ -57,15 +58,16 @@ class Claim:
 
     Attributes:
         kind: ``expert`` (one expert's own tensor), ``fused`` (all experts of a layer), ``router`` (one entry per
-            expert), ``extra`` (multi-token prediction) or ``other``.
+            expert), ``constant`` (what stands for an expert of a MoNE checkpoint), ``extra`` (multi-token
+            prediction) or ``other``.
         layer: decoder layer, None for ``other`` and ``extra``.
-        expert: for ``expert`` only.
+        expert: for ``expert`` and ``constant`` only.
         tensor: the table's entry that claimed it.
         suffix: what follows the templated name: the pieces of a stored quantization (``_scale_inv``, ``_packed``,
             ...), or what stands for its ``weight`` (``qweight``, ...); else empty.
     """
 
-    kind: Literal["expert", "fused", "router", "extra", "other"]
+    kind: Literal["expert", "fused", "router", "constant", "extra", "other"]
     layer: int | None = None
     expert: int | None = None
     tensor: ExpertTensor | RouterTensor | None = None
@@ -389,6 +391,11 @@ class Architecture:
             return Claim("extra")
         if found := self._matched(name):
             return found
+        if config.get(KEY) and name.endswith(f".{LEAF}"):
+            for tensor in self.experts:
+                beside = self._matched(name.removesuffix(LEAF) + tensor.template.partition("{expert}.")[2])
+                if beside is not None and beside.kind == "expert":
+                    return Claim("constant", beside.layer, beside.expert)
         if ".experts." in name:
             raise ArchitectureError(
                 f"the tensor {name} looks like an expert's, but the entry for {self.name} does not claim it",

@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from moezip.report.overview import Overview
 
 
+READ_BY = {
+    "stock": "transformers, vLLM and whatever reads the source",
+    "moezip": "moezip.load, or transformers after `import moezip`",
+    "mone": "vLLM 0.33 or later, moezip.load",
+}
+
+
 def show_overview(name: str, seen: Overview) -> None:
     """What a checkpoint is."""
     experts = sorted(set(seen.experts))
@@ -27,6 +34,7 @@ def show_overview(name: str, seen: Overview) -> None:
             "architecture": f"{seen.architecture} ({seen.model_type})",
             "layers": f"{seen.layers}, {len(seen.moe_layers)} with experts",
             "experts": f"{', '.join(map(str, experts))} per layer, {seen.top_k} per token"
+            + (f", routers choose among {seen.routed} (MoNE, for vLLM 0.33 or later)" if seen.routed else "")
             + (f", in {seen.groups} groups" if seen.groups > 1 else "")
             + (f", {seen.shared} shared" if seen.shared else ""),
             "parameters": f"{seen.parameters:,}, {seen.expert_parameters / seen.parameters:.0%} in experts, "
@@ -129,9 +137,7 @@ def show_outcome(outcome: Outcome, out: Path, as_json: bool, quiet: bool) -> Non
             + ", ".join(f"{name} {console.duration(seconds)}" for name, seconds in report.stages.items())
             + ")",
             "peak memory": console.size(report.peak_rss_bytes),
-            "read by": "transformers, vLLM and whatever reads the source"
-            if report.stock
-            else "moezip.load, or transformers after `import moezip`",
+            "read by": READ_BY[report.form],
         },
     )
     for note in report.notes:

@@ -10,6 +10,8 @@ from typing import Any
 from moezip import __version__
 from moezip.checkpoint.source import Source
 from moezip.checkpoint.writer import Staging
+from moezip.export.mone import Substituted
+from moezip.export.readers import Planned
 from moezip.export.verify import MANIFEST, manifest_bytes, require_verified
 from moezip.plan.apply import Applied
 from moezip.progress import Progress, Watch, unwatched
@@ -33,7 +35,7 @@ def tensor_bytes(source: Source) -> int:
 
 
 def write_checkpoint(
-    applied: Applied,
+    applied: Planned,
     out: Path,
     *,
     report: Callable[[], str],
@@ -87,7 +89,7 @@ def write_checkpoint(
         return dict(stage.digests)
 
 
-def card(applied: Applied) -> str:
+def card(applied: Planned) -> str:
     """The model card: what was done and how to load it. The source's own card follows, if it has one."""
     plan = applied.plan
     width = applied.architecture.layer_facts(applied.source_config)[0].width
@@ -99,7 +101,6 @@ def card(applied: Applied) -> str:
     method = plan.made_by.get("method", "a saved plan")
     original = applied.folder / CARD
     front, body = _front_matter(original.read_text(encoding="utf-8") if original.is_file() else "")
-    ragged = plan.ragged(width)
     lines = [
         "---",
         *front,
@@ -109,7 +110,41 @@ def card(applied: Applied) -> str:
         f"Made by moezip {__version__}, method `{method}`: {kept} are left. What was kept, the scores and the data it "
         "was chosen with are in `moezip/plan.json`; sizes and timings in `moezip/report.json`.",
         "",
-        *([f"Stored codes: {applied.stored_note}.", ""] if applied.stored_note else []),
+        *stored_lines(applied),
+        *how_to_load(applied, plan.ragged(width)),
+    ]
+    if body.strip():
+        lines += ["", "## The card of the source model", "", body.strip()]
+    return "\n".join(lines) + "\n"
+
+
+def stored_lines(applied: Planned) -> list[str]:
+    """Lines of the model card: what became of stored codes, where the source has any."""
+    note = applied.stored_note if isinstance(applied, Applied) else None
+    return [] if note is None else [f"Stored codes: {note}.", ""]
+
+
+def how_to_load(applied: Planned, ragged: bool) -> list[str]:
+    """Lines of the model card: who reads it, and how."""
+    if isinstance(applied, Substituted):
+        return [
+            "Its layers keep different numbers of experts, in the form that vLLM reads from version 0.33 on "
+            "(`approximate_experts`, MoNE, arXiv 2507.00390), unquantized and without expert parallelism. Version 0.32 "
+            "and older load it and ignore the list, so that dropped experts compute anything. It was written after "
+            "vLLM's source code and has not been run in it.",
+            "",
+            "The routers are the source's own and still choose among all experts. A dropped one adds nothing, and the "
+            "gates of the others do not grow in its place.",
+            "",
+            "transformers 5 refuses it; transformers 4 must not load it, as it fills what is missing with random "
+            "numbers. moezip runs it as vLLM does:",
+            "",
+            "```python",
+            "import moezip",
+            'model = moezip.load("path/to/this/folder")',
+            "```",
+        ]
+    return [
         "Its layers or experts differ in size, so it loads with moezip installed:" if ragged else "A stock checkpoint:",
         "",
         "```python",
@@ -118,9 +153,6 @@ def card(applied: Applied) -> str:
         'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
         "```",
     ]
-    if body.strip():
-        lines += ["", "## The card of the source model", "", body.strip()]
-    return "\n".join(lines) + "\n"
 
 
 def _span(counts: Sequence[int]) -> str:

@@ -9,12 +9,12 @@ import numpy as np
 
 from moezip.arch.spec import LayerFacts
 from moezip.calibrate.record import wants_gradients
+from moezip.export.readers import planned
 from moezip.export.stock import tensor_bytes
 from moezip.pipeline.common import Common
 from moezip.pipeline.neurons import neuron_layers
-from moezip.pipeline.prune import Prepared, PruneJob, make_plan, prepare_prune, require_text
 from moezip.pipeline.probes import probing, probing_cost
-from moezip.plan.apply import Applied
+from moezip.pipeline.prune import Prepared, PruneJob, make_plan, prepare_prune, require_text
 from moezip.plan.plan import LayerPlan, Pick, Plan
 from moezip.report.overview import overview
 
@@ -78,7 +78,7 @@ def dry_run(checkpoint: str, job: PruneJob, common: Common) -> Estimate:
         )
         plan = Plan(model.source.fingerprint, model.architecture.name, layers, prepared.params.mtp)
     seen = overview(model.source)
-    after = tensor_bytes(Applied(model.source, plan))
+    after = tensor_bytes(planned(model.source, plan, job.reader))
     passes = prepared.method.reads_text and job.stats is None
     tokens = sum(text.tokens for text in job.texts) if passes else 0
     rate = _matmul_rate() if passes else 1.0

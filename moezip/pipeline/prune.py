@@ -16,6 +16,8 @@ from moezip.arch.spec import LayerFacts
 from moezip.checkpoint.reader import Checkpoint
 from moezip.checkpoint.source import Source
 from moezip.errors import StatisticsError, UsageError
+from moezip.export.mone import Substituted
+from moezip.export.readers import VLLM_NOTE, Planned, check_reader, planned
 from moezip.export.stock import tensor_bytes, write_checkpoint
 from moezip.pipeline.calibrate import forget, require_files, resumable, run_calibration, unrouted, work_folder
 from moezip.pipeline.common import Clock, Common, Opened, opened, refuse_file, refuse_output
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 
 NO_PRICE = "there is no price without gradients: use --method nats, or statistics made with --record gradients"
 
+RENORMALISED_PRICE = "prices are of gates that the kept experts share anew, which they do not where routers stay whole"
+
 
 @dataclass(frozen=True, slots=True)
 class PruneJob:
@@ -46,6 +50,7 @@ class PruneJob:
         texts: calibration text by domain, if the method needs it. stats: saved statistics instead.
         weights: how much each domain counts, by name.
         scope: ``layer`` (the same number of experts in every layer) or ``model`` (ranked over all layers).
+        reader: who must be able to read the output (``moezip.export.readers.READERS``); None for whoever can.
     """
 
     method: str
@@ -56,6 +61,7 @@ class PruneJob:
     stats: Path | None = None
     weights: Mapping[str, float] = field(default_factory=dict)
     scope: str = "layer"
+    reader: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +82,11 @@ def prepare_prune(checkpoint: str, job: PruneJob, common: Common) -> Prepared:
     method = lookup(job.method, {entry.name: entry for entry in METHODS}, "pruning method")
     _check_scope(method, job)
     params = parse_params(method, job.settings)
+    check_reader(
+        job.reader,
+        counts_differ=method.unit == "expert" and job.scope == "model",
+        widths_differ=method.unit == "neuron" and not params.uniform,
+    )
     if params.mtp not in ("drop", "keep"):
         raise UsageError(f"mtp is drop or keep, not {params.mtp!r}", where=f"--set mtp={params.mtp}")
     if hasattr(params, "seed") and "seed" not in job.settings:
@@ -318,7 +329,8 @@ def prune_command(
             outcome = Outcome(plan, None)
         else:
             unread = [f"{prepared.method.name} reads no text: --data was not used"] if job.texts and not passes else []
-            outcome = Outcome(plan, write_plan(source, plan, out, common, clock, stats, unread))
+            report = write_plan(source, plan, out, common, clock, stats, unread, job.reader)
+            outcome = Outcome(plan, report)
     if passes:
         forget(workdir)
     return outcome
@@ -331,13 +343,13 @@ def _save_plan(plan: Plan, out: Path) -> None:
     temporary.replace(out)
 
 
-def apply_command(checkpoint: str, plan_file: Path, out: Path, common: Common) -> Outcome:
+def apply_command(checkpoint: str, plan_file: Path, out: Path, common: Common, reader: str | None = None) -> Outcome:
     """``moezip apply``: a saved plan, no data."""
     clock = Clock()
     model = opened(checkpoint)
     refuse_output(out, model.source.folder, common)
     plan = Plan.load(plan_file)
-    return Outcome(plan, write_plan(model.source, plan, out, common, clock, None))
+    return Outcome(plan, write_plan(model.source, plan, out, common, clock, None, reader=reader))
 
 
 def write_plan(
@@ -348,12 +360,13 @@ def write_plan(
     clock: Clock,
     stats: Statistics | None,
     notes: Sequence[str] = (),
+    reader: str | None = None,
 ) -> Report:
     """Writes the checkpoint that the plan describes; its report, in which ``notes`` stand first.
 
     The report in the folder counts the time until it is written itself, the one returned all of it.
     """
-    applied = Applied(source, plan)
+    applied = planned(source, plan, reader)
     finished: list[Report] = []
     before = clock.seconds
 
@@ -373,7 +386,7 @@ def write_plan(
 
 def _report(
     source: Source,
-    applied: Applied,
+    applied: Planned,
     out: Path,
     seconds: float,
     stages: Mapping[str, float],
@@ -395,6 +408,9 @@ def _report(
         share = sum(widths) / (width * len(widths))
         between = f"{min(widths)} to {max(widths)}" if min(widths) < max(widths) else str(widths[0])
         notes.append(f"{share:.2%} of the experts' neurons stay, {between} of {width} in an expert")
+    substituted = isinstance(applied, Substituted)
+    if substituted:
+        notes.append(VLLM_NOTE)
     guard = plan.made_by.get("settings", {}).get("guard")
     if guard and stats is None and "method" in plan.made_by:
         notes.append("the guard for super experts had no recorded outputs to look at")
@@ -407,8 +423,12 @@ def _report(
         bits_per_weight=8 * after / weights_of(applied),
         experts_before=[layer.experts for layer in plan.layers],
         experts_after=[len(layer.picks) for layer in plan.layers],
-        predicted_nats=plan.made_by.get("predicted_nats"),
-        predicted_nats_reason=None if "predicted_nats" in plan.made_by else NO_PRICE,
+        predicted_nats=None if substituted else plan.made_by.get("predicted_nats"),
+        predicted_nats_reason=RENORMALISED_PRICE
+        if substituted
+        else None
+        if "predicted_nats" in plan.made_by
+        else NO_PRICE,
         seconds=seconds,
         peak_rss_bytes=peak_rss_bytes(),
         stages=stages,
@@ -420,6 +440,7 @@ def _report(
         protected={str(layer.layer): list(layer.protected) for layer in plan.layers if layer.protected},
         unrouted={} if stats is None else unrouted(stats),
         stock=not plan.ragged(width),
+        form="mone" if substituted else "moezip" if plan.ragged(width) else "stock",
         notes=notes,
     )
 

@@ -9,6 +9,7 @@ from typing import Any
 from moezip.arch.experts import decoded
 from moezip.arch.families import identify
 from moezip.arch.layout import tripwire_of
+from moezip.arch.mone import Substitution
 from moezip.arch.spec import LayerFacts
 from moezip.checkpoint.source import Source
 
@@ -18,7 +19,8 @@ class Overview:
     """The numbers of one checkpoint.
 
     Attributes:
-        experts: E per MoE layer.
+        experts: E per MoE layer; those that are kept where others are constants.
+        routed: in that case (MoNE), how many experts the routers choose among; else None.
         parameters, expert_parameters: weights, whatever they are stored in (scales not counted).
         bytes, expert_bytes: as stored. largest_layer_bytes: of one decoder layer, decoded: what streaming holds.
         dtype: of most bytes.
@@ -43,6 +45,7 @@ class Overview:
     largest_layer_bytes: int
     dtype: str
     quantization: str | None
+    routed: int | None
     fits: dict[str, int]
 
     def to_json(self) -> dict[str, Any]:
@@ -55,6 +58,8 @@ def overview(source: Source) -> Overview:
     entry = identify(config, source.folder)
     facts: list[LayerFacts] = entry.layer_facts(config)
     trip = tripwire_of(entry, config)
+    substitution = Substitution.of(config)
+    dropped = {} if substitution is None else substitution.dropped
     stored = [source.spec(name) for name in source.names() if name != trip]
     kinds = {spec.name: entry.claim(spec.name, config).kind for spec in stored}
     plain = decoded(source)
@@ -78,7 +83,7 @@ def overview(source: Source) -> Overview:
         model_type=entry.name,
         layers=int(entry.value(config, entry.layers_key)),
         moe_layers=[fact.layer for fact in facts],
-        experts=[fact.experts for fact in facts],
+        experts=[fact.experts - len(dropped.get(fact.layer, ())) for fact in facts],
         top_k=facts[0].top_k,
         hidden=facts[0].hidden,
         width=facts[0].width,
@@ -92,6 +97,7 @@ def overview(source: Source) -> Overview:
         largest_layer_bytes=max(layer_sizes.values(), default=0),
         dtype=bytes_by_dtype.most_common(1)[0][0] if bytes_by_dtype else "",
         quantization=(config.get("quantization_config") or {}).get("quant_method"),
+        routed=facts[0].experts if dropped else None,
         fits={
             "as it is": total,
             "half the experts": total - expert_bytes // 2,

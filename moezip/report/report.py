@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,8 @@ class Report:
         method, settings, source, statistics: provenance.
         protected: per layer, the super experts that the guard kept.
         unrouted: per layer, how many experts no calibration token reached.
-        stock: loads in stock transformers; else in moezip's own format.
+        stock: loads in stock transformers; else ``form`` says what it is: moezip's own format (``moezip``), or the one
+            of vLLM with constants for dropped experts (``mone``).
         notes: what the user should know about the output.
     """
 
@@ -39,14 +40,15 @@ class Report:
     seconds: float
     peak_rss_bytes: int
     stages: Mapping[str, float] = field(default_factory=dict)
-    method: str | None = None
     price_factors: Mapping[str, Any] = field(default_factory=dict)
+    method: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
     statistics: Mapping[str, Any] = field(default_factory=dict)
     protected: Mapping[str, list[int]] = field(default_factory=dict)
     unrouted: Mapping[str, int] = field(default_factory=dict)
     stock: bool = True
+    form: Literal["stock", "moezip", "mone"] = "stock"
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> str:

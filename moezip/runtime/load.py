@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moezip.arch.layout import Layout
+from moezip.arch.mone import Substitution
 from moezip.checkpoint.reader import Checkpoint
 from moezip.errors import UsageError
 from moezip.runtime.tasks import load_for_task, whole
@@ -49,6 +50,10 @@ def load(
         raise UsageError("a prompt, a task or a threshold means nothing without patterns", where="moezip.load",
                          next="give patterns=FILE, made by `moezip tasks build`")  # fmt: skip
     with Checkpoint.open(checkpoint) as source:
+        if Substitution.of(source.config) is not None:
+            from moezip.calibrate.experts import register
+
+            return whole(source, device=device, dtype=dtype, experts_implementation=register())
         if Layout.of(source.config) is None:
             return whole(source, device=device, dtype=dtype)
     return ragged(source.folder, device=device, dtype=dtype)

@@ -1,0 +1,71 @@
+"""``--for``: who is to read the output, and what a plan becomes for that reader."""
+
+from __future__ import annotations
+
+from moezip.arch.families import identify
+from moezip.checkpoint.source import Source
+from moezip.errors import PlanError, UsageError
+from moezip.export.mone import Substituted
+from moezip.plan.apply import Applied
+from moezip.plan.plan import Plan
+from moezip.registry import lookup
+
+# The readers' names as users type them, and as they are called.
+READERS = {
+    "transformers": "transformers without moezip", "vllm": "vLLM", "sglang": "SGLang", "llamacpp": "llama.cpp",
+    "moezip": "moezip",
+}  # fmt: skip
+VLLM_NOTE = (
+    "for vLLM 0.33 or later, unquantized and without expert parallelism (0.32 loads it and ignores what was dropped): "
+    "written after its source code, not run in it. Routers still choose among all experts and a dropped one adds "
+    "nothing, so the loss is not that of the same plan without --for; `moezip evaluate` measures it as vLLM runs it"
+)
+Planned = Applied | Substituted
+
+
+def check_reader(reader: str | None, *, counts_differ: bool = False, widths_differ: bool = False) -> None:
+    """What can be told of a reader before there is a plan.
+
+    Args:
+        reader: the word after ``--for``; None for any.
+        counts_differ: layers may come to keep different numbers of experts.
+        widths_differ: experts may come to keep different numbers of neurons.
+
+    Raises:
+        UsageError: no such reader, or one that does not read such checkpoints.
+    """
+    if reader is None:
+        return
+    name = lookup(reader, READERS, "reader")
+    if reader != "moezip" and widths_differ:
+        raise UsageError(_refusal(name, "experts of different widths"), where=f"--for {reader}", next=_NEURONS)
+    if reader not in ("moezip", "vllm") and counts_differ:
+        raise UsageError(_refusal(name, _COUNTS), where=f"--for {reader}", next=_EXPERTS)
+
+
+def planned(source: Source, plan: Plan, reader: str | None = None) -> Planned:
+    """``source`` through ``plan``, in the form that ``reader`` reads: a stock one wherever that can be.
+
+    Raises:
+        UsageError: no such reader.
+        PlanError: a plan that does not fit the checkpoint, or a form that the reader does not know.
+    """
+    check_reader(reader)
+    width = identify(source.config, source.folder).layer_facts(source.config)[0].width
+    if reader is None or reader == "moezip" or not plan.ragged(width):
+        return Applied(source, plan)
+    if reader == "vllm":
+        return Substituted(source, plan)
+    name = READERS[reader]
+    if len({len(layer.picks) for layer in plan.layers}) > 1:
+        raise PlanError(_refusal(name, _COUNTS), where=f"--for {reader}", next=_EXPERTS)
+    raise PlanError(_refusal(name, "experts of different widths"), where=f"--for {reader}", next=_NEURONS)
+
+
+_COUNTS = "different numbers of experts in different layers"
+_EXPERTS = "keep the same number in every layer (--scope layer), or write it for vllm or moezip"
+_NEURONS = "keep as many neurons of every expert (--set uniform=true), or write it for moezip"
+
+
+def _refusal(reader: str, what: str) -> str:
+    return f"{reader} does not read {what}"
