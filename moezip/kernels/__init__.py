@@ -116,10 +116,9 @@ def gptq(
     check.grid(scales, zeros, bits, weight.shape[0], scales.shape[-1])
     if columns and (groups.min() < 0 or groups.max() >= scales.shape[1]):
         raise ValueError(f"groups are 0 to {scales.shape[1] - 1}, these are {groups.min()} to {groups.max()}")
+    places = check.order(order, columns)
     step, zero = _affine(scales, zeros, bits)
-    codes, errors, loss = _backend().gptq(
-        weight, factor, groups, step, zero, bits, check.order(order, columns), threads
-    )
+    codes, errors, loss = _backend().gptq(weight, factor, groups, step, zero, bits, places, threads)
     return Solved(codes, errors, loss, scales, zeros)
 
 

@@ -237,4 +237,5 @@ def second_moment(x: NDArray, out: Floats, weights: Floats | None, threads: int)
     """Adds ``x.T @ diag(weights) @ x`` to ``out``. Sums in another order than the C++ code."""
     if x.dtype == np.uint16:
         x = (x.astype(np.uint32) << 16).view(np.float32)
-    out += x.T @ (x if weights is None else x * weights[:, None])
+    product = x.T @ (x if weights is None else x * weights[:, None])
+    out += np.float32(0.5) * (product + product.T)
