@@ -19,6 +19,8 @@ from moezip.quantize.groups import Array, Groups, nearest, stored
 
 # A new step below this share of the old one is not taken: the codes would no longer be near.
 LEAST_STEP = 0.3
+# Columns that tell each other of their moves at once; those behind them hear of all together, in one product.
+NEAR = 16
 
 
 def improve(
@@ -101,11 +103,16 @@ def _codes(values: Array, slope: Array, inner: Array, step: Array, zero: Array, 
     slope = np.ascontiguousarray(slope.T)
     codes = np.empty(held.shape, np.uint8)
     gained = np.zeros(held.shape[1])
-    for column, curve in enumerate(inner.diagonal()):
-        code = nearest(held[column] - slope[column] / curve, step, zero, top)
-        value = step * (code - zero)
-        move = value - held[column]
-        gained += move * (2 * slope[column] + move * curve)
-        slope[column:] += inner[column:, column, None] * move
-        codes[column], held[column] = code, value
+    curves = inner.diagonal()
+    for start in range(0, len(held), NEAR):
+        stop = min(start + NEAR, len(held))
+        before = held[start:stop].copy()
+        for column in range(start, stop):
+            code = nearest(held[column] - slope[column] / curves[column], step, zero, top)
+            value = step * (code - zero)
+            move = value - held[column]
+            gained += move * (2 * slope[column] + move * curves[column])
+            slope[column:stop] += inner[column:stop, column, None] * move
+            codes[column], held[column] = code, value
+        slope[stop:] += inner[stop:, start:stop] @ (held[start:stop] - before)
     return codes.T, held.T, gained

@@ -107,7 +107,7 @@ def factor(hessian: torch.Tensor, params: GptqParams) -> Factor | None:
         return None
     order = np.arange(len(given))[::-1]
     if params.order == "activity":
-        order = np.argsort(diagonal, kind="stable")
+        order = np.argsort(-diagonal, kind="stable")[::-1]
     share = params.damp
     while share <= MOST_DAMPING:
         ordered = given[np.ix_(order, order)]
