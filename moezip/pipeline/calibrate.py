@@ -175,7 +175,11 @@ def _standing(workdir: Path | None, begun: float, resumed: bool, layers: int) ->
     """How far an interrupted pass is saved."""
     state = None if workdir is None else workdir / "progress.json"
     if state is not None and state.is_file() and (resumed or state.stat().st_mtime >= begun):
-        return f"{json.loads(state.read_text())['next_layer']} of {layers} layers are calibrated and saved in {workdir}"
+        saved = json.loads(state.read_text())
+        if saved.get("half") == "backward":
+            done = layers - 1 - saved["next_layer"]
+            return f"the forward half and {done} of {layers} layers of the backward half are saved in {workdir}"
+        return f"{saved['next_layer']} of {layers} layers are calibrated and saved in {workdir}"
     return "the calibration had not been saved yet (it is every minute), so it starts anew"
 
 

@@ -92,7 +92,11 @@ def dry_run(checkpoint: str, job: PruneJob, common: Common) -> Estimate:
     probes = probing_cost(model.facts, seen.layers, tokens, asked["probes"], asked["kinds"])
     seconds += probes / seen.layers * 2 * seen.active_parameters / rate
     seconds += seen.bytes / DISK_BYTES_PER_SECOND if probes else 0
-    disk = (hidden * (seen.layers + 1) + 2 * hidden) if gradients else 0
+    disk = 0
+    if gradients:
+        from moezip.calibrate.kept import disk_bytes
+
+        disk = disk_bytes(tokens, seen.hidden, 4 if seen.dtype == "F32" else 2, seen.layers, model.facts)
     memory = (600 * 2**20 + seen.largest_layer_bytes + hidden) if passes else 400 * 2**20
     return Estimate(
         method=prepared.method.name,
