@@ -1,0 +1,76 @@
+"""Runs every kernel of every instruction set under the address and undefined-behaviour sanitizers: `make sanitize`.
+
+numpy's arrays come from the sanitizer's malloc, so that a byte read or written past the end of one ends the run.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from moezip import kernels
+from moezip.kernels import build
+from moezip.kernels.native import Native
+from tests.test_kernels import SHAPES, dyadic, weights
+
+FLAGS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+
+
+def exercise(library: Native) -> int:
+    """Calls all kernels at awkward shapes, with one thread and with three; returns the number of calls."""
+    calls = 0
+    for rows, columns, group in SHAPES:
+        weight, shares = weights(rows, columns), np.array(kernels.SHRINK[::5], np.float32)
+        importance, order = np.ones(columns, np.float32), np.arange(columns, dtype=np.int32)
+        factor = np.eye(columns, dtype=np.float32)
+        for bits in range(1, 9):
+            for threads in (1, 3):
+                scales, zeros = library.clip_search(weight, group, bits, False, shares, importance, "F16", threads)
+                codes = library.round_codes(weight, scales, zeros, group, bits, threads)
+                packed = library.pack(codes, bits, threads)
+                library.unpack(packed, bits, columns, threads)
+                for bf16 in (False, True):
+                    library.dequantize(packed, scales, zeros, group, bits, columns, bf16, threads)
+                library.gptq(weight, factor, order // group, scales, zeros, bits, order, threads)
+                library.gptq_refit(
+                    weight, factor, group, bits, True, shares, importance, "BF16", order, threads
+                )  # fmt: skip
+                calls += 8
+        halves = (weight.view(np.uint32) >> 16).astype(np.uint16)
+        for x in (weight, halves):
+            for by in (None, np.ones(rows, np.float32)):
+                library.second_moment(x, np.zeros((columns, columns), np.float32), by, 3)
+                calls += 1
+    problem = dyadic(66, 131, 3)
+    library.gptq(
+        problem["weight"], problem["factor"], problem["groups"], problem["scales"], problem["scales"], 3,
+        problem["order"], 2,
+    )  # fmt: skip
+    return calls + 1
+
+
+def main() -> int:
+    if len(sys.argv) == 2:  # the second time, with the sanitizer in place
+        file = Path(sys.argv[1])
+        for isa in Native(file).sets:
+            sys.stdout.write(f"{isa}: {exercise(Native(file, isa))} calls, nothing found\n")
+            sys.stdout.flush()
+        return 0
+    with tempfile.TemporaryDirectory(prefix="moezip-sanitize-") as folder:
+        file = Path(folder) / "kernels.so"
+        build.build(file, FLAGS)
+        runtime = subprocess.run(
+            [build.compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        # Python itself keeps memory to its end on purpose: leaks are not looked for.
+        environment = {**os.environ, "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
+        return subprocess.run([sys.executable, "-m", "tests.sanitize", str(file)], env=environment).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
