@@ -357,6 +357,38 @@ def interrupted(source: Checkpoint, work: Path, stage: str, done: int, **options
     return sorted(file.name for file in work.rglob("*") if file.is_file())
 
 
+def test_a_dry_run_says_how_much_disk(tiny: Any, tmp_path: Path, cli: Any) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("some text")
+    words = ("--method", "nats", "--keep", 4, "--data", text, "--tokens", 60, "--dry-run", "--json")
+    found = cli("prune", tiny("deepseek_v3"), tmp_path / "out", *words)
+    assert found.json["disk_bytes"] == 38_640  # see above
+
+
+def test_an_interrupted_command_says_how_far_it_is(
+    tiny: Any, tmp_path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, work = tmp_path / "text.txt", tmp_path / "work"
+    text.write_text("some text that is long enough for a few windows of tokens " * 4)
+    words = ("calibrate", tiny("qwen3_moe"), "--data", text, "--tokens", 64, "--seq-len", 16, "--record", "gradients",
+             "--out", tmp_path / "stats", "--workdir", work)  # fmt: skip
+    layer = Backward._layer
+
+    def stop(self: Backward, index: int, *args: Any) -> None:
+        if index == 0:
+            raise KeyboardInterrupt
+        layer(self, index, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Backward, "_layer", stop)
+        patched.setattr(calibrate, "__kwdefaults__", {**calibrate.__kwdefaults__, "save_every": 0.0})
+        answer = cli(*words)
+    assert answer.code == 130 and "the forward half and 2 of 3 layers of the backward half are saved" in answer.err
+    assert "--resume" in answer.err
+    assert cli(*words, "--resume").code == 0
+    assert not work.exists()
+
+
 def test_an_interrupted_pass_leaves_what_it_needs(tiny: Any, tmp_path: Path) -> None:
     source, work = Checkpoint.open(tiny("qwen3_moe")), tmp_path / "work"
     wanted = passed(source, tmp_path / "plain", save_every=1e9)
