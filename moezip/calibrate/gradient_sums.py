@@ -81,9 +81,10 @@ def gradient_sums(
             real = valid[part.slots // top_k]
             u, v = u[real], v[real]
         found["routed"][part.expert] = u.shape[0]
-        found["inner_square"][part.expert] = u.square().sum(0).double().cpu().numpy()
-        found["inner_grad_square"][part.expert] = v.square().sum(0).double().cpu().numpy() / scale**2
-        found["inner_product_square"][part.expert] = (u * v).square().sum(0).double().cpu().numpy() / scale**2
+        own = (part.expert, slice(u.shape[1]))  # of a ragged layer's experts few are as wide as the widest
+        found["inner_square"][own] = u.square().sum(0).double().cpu().numpy()
+        found["inner_grad_square"][own] = v.square().sum(0).double().cpu().numpy() / scale**2
+        found["inner_product_square"][own] = (u * v).square().sum(0).double().cpu().numpy() / scale**2
     pushes = push.view(-1, top_k)
     drops = {
         "drop_square": pushes.square(),
