@@ -133,7 +133,7 @@ class Substituted:
 
 def require_substitutable(source: Source, plan: Plan) -> None:
     """Raises PlanError for what the form, or vLLM's reader of it, cannot hold."""
-    if source.config.get("quantization_config"):
+    if source.config.get("quantization_config") or plan.packing:
         raise PlanError(
             "the plan keeps different numbers of experts in different layers of a quantized checkpoint, which vLLM "
             "does not read",
