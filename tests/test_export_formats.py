@@ -126,12 +126,14 @@ def test_ragged_and_fused_models_are_refused() -> None:
 def test_who_misreads_what() -> None:
     shapes = small_model()
 
-    def reason(grids: Grids) -> str | None:
-        return compressed_tensors.misread(compressed_tensors.quantization_config(QWEN, grids, shapes))
+    def reason(grids: Grids, dtype: str = "F16") -> str | None:
+        config = compressed_tensors.quantization_config(QWEN, grids, shapes)
+        return compressed_tensors.misread(config, {grid.scale for grid in grids.values()}, dtype)
 
     same = experts_on(shapes, lambda _: Grid(4, 16, True))
     assert reason(same) is None
-    assert "zero points" in str(reason(experts_on(shapes, lambda _: Grid(4, 16))))
+    assert "F16 in a BF16 model" in str(reason(same, "BF16"))
+    assert "zeros" in str(reason(experts_on(shapes, lambda _: Grid(4, 16))))
     assert "like the first" in str(reason(experts_on(shapes, lambda layer: Grid(4 - layer, 16, True))))
     attention = {f"model.layers.{layer}.self_attn.q_proj.weight": Grid(8, 0, True) for layer in range(3)}
     assert reason(same | attention) is None
@@ -167,13 +169,14 @@ def test_what_is_written_is_read_back(name: str, tiny: Tiny, tmp_path: Path) -> 
     require_equal(decoded(Checkpoint.open(folder)), wanted)
 
 
-def test_transformers_reads_what_is_written(tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("scale", "dtype"), [("F32", "float32"), ("BF16", "bfloat16")])
+def test_transformers_reads_what_is_written(scale: str, dtype: str, tiny: Tiny, tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
     from transformers import AutoModelForCausalLM
 
-    plain = tensors_of(tiny("qwen3_moe"))
-    # Full precision throughout: others compute the product in the scale's dtype.
-    expert, other = Grid(3, GROUP, True, "F32"), Grid(6, 0, True, "F32")
+    source = tiny("qwen3_moe", dtype=dtype)
+    plain = tensors_of(source)
+    expert, other = Grid(3, GROUP, True, scale), Grid(6, 0, True, scale)
     chosen, shapes = packed_by(lambda name: expert if ".experts." in name else other, plain)
     stored: dict[str, torch.Tensor] = {}
     for name, value in plain.items():
@@ -183,12 +186,15 @@ def test_transformers_reads_what_is_written(tiny: Tiny, tmp_path: Path) -> None:
         else:
             stored[name] = value
     config = compressed_tensors.quantization_config(QWEN, chosen, shapes)
-    assert compressed_tensors.misread(config) is None
-    folder = rewritten(tiny("qwen3_moe"), tmp_path / "out", stored, config)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").eval()
+    assert compressed_tensors.misread(config, {scale}, scale) is None
+    folder = rewritten(source, tmp_path / "out", stored, config)
+    kind = getattr(torch, dtype)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind, experts_implementation="eager").eval()
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data = tensor.data.clone()  # aligned memory, as in test_laws.load
     rows = plain_rows()
-    # A bound, not equality: weights of a mapped file may be multiplied in another order than aligned copies.
-    assert largest_difference(full_logits(model, rows), streamed_logits(Checkpoint.open(folder), rows), rows) < 1e-4
+    streamed = streamed_logits(Checkpoint.open(folder), rows, kind)
+    assert largest_difference(full_logits(model, rows), streamed, rows) == 0.0
 
 
 # -- GPTQ ---------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ readers make up names for them that differ from those on disk.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from moezip.arch.spec import Architecture
@@ -75,18 +75,27 @@ def _target(pattern: str) -> str:
     return HEAD if pattern == f"{HEAD}$" else REGEX + pattern
 
 
-def misread(quantization: Mapping[str, Any]) -> str | None:
+def misread(quantization: Mapping[str, Any], scales: Collection[str], dtype: str) -> str | None:
     """Why transformers with compressed-tensors does not read such a checkpoint as it is meant; None where it does.
 
-    Versions 5.19 to 5.23 decode all experts of a model by one group, all other modules by another, and no zeros of
-    experts.
+    Seen in transformers 5.23 with compressed-tensors 0.20: experts keep the dtype of their scales, whatever the
+    model's; all experts of a model are decoded by one group and all other modules by another; stored zeros stop it.
+
+    Args:
+        scales: dtypes of the stored scales (safetensors names).
+        dtype: the model's.
     """
+    if any(scale != dtype for scale in scales):
+        return (
+            f"scales stored as {', '.join(sorted(scales))} in a {dtype} model make experts of another dtype than the "
+            "rest, which gives an error or, without one, other outputs"
+        )
     groups = list(quantization["config_groups"].values())
     experts = [group for group in groups if any("experts" in target for target in group["targets"])]
     if len(experts) > 1:
         return "layers whose experts are stored differently are all decoded like the first, without an error"
     if len(groups) - len(experts) > 1:
         return "modules outside the experts that are stored differently are all decoded alike, without an error"
-    if any(not group["weights"]["symmetric"] for group in experts):
-        return "experts with zero points are not decoded"
+    if any(not group["weights"]["symmetric"] for group in groups):
+        return "it stops at stored zeros"
     return None
