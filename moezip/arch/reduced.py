@@ -79,6 +79,6 @@ def silence_neurons(layer: nn.Module, architecture: Architecture, gone: npt.NDAr
 
     block = layer.get_submodule(architecture.block)
     experts: Any = block.get_submodule(architecture.experts_module)
-    for expert in gone.any(1).nonzero()[0].tolist():
+    for expert, neurons in enumerate(torch.from_numpy(gone)):
         matrix = experts.down_proj.data[expert]
-        (matrix if experts.is_transposed else matrix.T)[torch.from_numpy(gone[expert]).to(matrix.device)] = 0
+        (matrix if experts.is_transposed else matrix.T)[neurons.to(matrix.device)] = 0

@@ -81,14 +81,14 @@ def dry_run(checkpoint: str, job: PruneJob, common: Common) -> Estimate:
     after = tensor_bytes(planned(model.source, plan, job.reader))
     passes = prepared.method.reads_text and job.stats is None
     tokens = sum(text.tokens for text in job.texts) if passes else 0
-    rate = _matmul_rate() if passes else 1.0
+    rate = matmul_rate() if passes else 1.0
     hidden = tokens * seen.hidden * 2
     gradients = passes and wants_gradients(prepared.method.needs)
     work = GRADIENT_WORK if gradients else 1
     reads = seen.bytes * (2 if gradients else 1) if passes else 0
     seconds = tokens * 2 * seen.active_parameters * work / rate + (reads + 2 * after) / DISK_BYTES_PER_SECOND
     seconds += tokens * own_seconds(prepared, rate)
-    asked = probing([(prepared.method, prepared.params)]) if gradients else {"probes": 0, "kinds": ()}
+    asked = probing([(prepared.method, prepared.params)] if gradients else [])
     probes = probing_cost(model.facts, seen.layers, tokens, asked["probes"], asked["kinds"])
     seconds += probes / seen.layers * 2 * seen.active_parameters / rate
     seconds += seen.bytes / DISK_BYTES_PER_SECOND if probes else 0
@@ -128,7 +128,7 @@ def _first_of_groups(fact: LayerFacts, keep: int) -> list[int]:
     return [group * size + place for group in range(fact.groups) for place in range(each)]
 
 
-def _matmul_rate() -> float:
+def matmul_rate() -> float:
     """Floating-point operations per second of a bf16 matrix product here, best of three."""
     import torch
 

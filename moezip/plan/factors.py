@@ -10,7 +10,8 @@ layer are multiplied by
 the least-squares slope through zero of measured rises m on prices p. A probe's weight counts two errors: e, the
 standard error of its rise, and half its price, by which second order misses single decisions even where the text is
 long; so one very dear expert does not decide alone. The factor's standard error is 1 / sqrt(sum of w p^2).
-A layer in which that exceeds half the factor takes the factor of all layers together, and no factor leaves 1/4 to 8.
+A layer in which that exceeds half the factor (or 1/2, where the factor is below 1) takes the factor of all layers
+together, and no factor leaves 1/4 to 8.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ EXPERTS, NEURONS = "experts", "neurons"
 KINDS = (EXPERTS, NEURONS)
 # Share of its price by which a single decision is taken to be off whatever the text.
 SCATTER = 0.5
-# A layer's own factor is taken if its standard error is at most this share of it.
+# A factor is taken if its standard error is at most this share of it, or of 1 where it is smaller: else small factors
+# would be believed less than large ones.
 DETERMINED = 0.5
 LEAST, MOST = 0.25, 8.0
 
@@ -80,14 +82,18 @@ def fit(probes: Sequence[Probe]) -> Factors:
     for kind in dict.fromkeys(probe.kind for probe in probes):
         own = [probe for probe in probes if probe.kind == kind]
         middle, error = slope(own)
-        if not error <= DETERMINED * middle:
+        if not _determined(middle, error):
             continue
         pooled[kind] = float(np.clip(middle, LEAST, MOST))
         for layer in sorted({probe.layer for probe in own}):
             factor, error = slope([probe for probe in own if probe.layer == layer])
-            if error <= DETERMINED * factor:
+            if _determined(factor, error):
                 layers.setdefault(kind, {})[layer] = float(np.clip(factor, LEAST, MOST))
     return Factors(pooled, layers)
+
+
+def _determined(factor: float, error: float) -> bool:
+    return error <= DETERMINED * max(factor, 1.0)
 
 
 # -- which decisions to measure -----------------------------------------------------------------------------
