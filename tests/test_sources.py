@@ -19,6 +19,7 @@ from moezip.arch.families import identify
 from moezip.checkpoint.reader import Checkpoint
 from moezip.errors import ArchitectureError, CheckpointError, PlanError
 from moezip.formats import gptq, packed
+from moezip.formats.compressed_tensors import Targets
 from moezip.formats.packed import Codes, Grid
 from tests import tiny as make_tiny
 from tests.command import Cli
@@ -237,6 +238,14 @@ def test_groups_by_layer_and_module_are_followed(tiny: Tiny, tmp_path: Path) -> 
     )
     folder, wanted = ct_folder(tiny("qwen3_moe"), tmp_path / "mixed", grids, config)
     require_equal(decoded(Checkpoint.open(folder)), wanted)
+
+
+def test_the_most_particular_target_counts() -> None:
+    targets = Targets(("Linear", r"re:b.*", "b.c", r"re:.*c"))
+    assert targets.find("b.c") == "b.c"
+    # Among expressions the first in the alphabet, "." before "b"; each from the beginning of the name.
+    assert [targets.find(name) for name in ("b.xc", "b.x", "x.b")] == [r"re:.*c", r"re:b.*", "Linear"]
+    assert Targets((r"re:b.*",)).find("x.b") is None
 
 
 @pytest.mark.parametrize("none", [False, True])
