@@ -316,6 +316,50 @@ def prune(
 
 
 @app.command()
+def quantize(
+    checkpoint: Ckpt,
+    out: Out,
+    bits: Annotated[float, typer.Option("--bits", help="Bits of the codes: a whole number from 1 to 8.")],
+    solver: Annotated[str, typer.Option("--solver", help="gptq (needs text) or rtn; see `moezip methods`.")] = "gptq",
+    group: Annotated[
+        int | None,
+        typer.Option("--group-size", help="Weights that share a scale. Default the largest of 128, 64, 32 that fits."),
+    ] = None,
+    data: Data = None,
+    settings: Set = None,
+    tokens: Tokens = 65_536,
+    seq_len: SeqLen = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen; touch nothing.")] = False,
+    device: Device = "cpu",
+    max_memory: MaxMemory = None,
+    workdir: Workdir = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Stores weights in 1 to 8 bits, layer by layer, each layer making up for what rounding did before it."""
+    from moezip.calibrate.data import domains_of
+    from moezip.pipeline.quantize import QuantizeJob, estimate_quantize, quantize_command
+
+    job = QuantizeJob(
+        bits, solver, group=group, settings=settings_of(settings), texts=domains_of(data, tokens) if data else ()
+    )
+    with console.watching(quiet) as watch:
+        common = _common(
+            watch, device=device, max_memory=max_memory, workdir=workdir, resume=resume, overwrite=overwrite,
+            seq_len=seq_len, seed=seed,
+        )  # fmt: skip
+        if dry_run:
+            results.show_quantize_estimate(estimate_quantize(checkpoint, job, common), as_json)
+            return
+        outcome = quantize_command(checkpoint, out, job, common)
+    results.show_quantized(outcome, out, as_json, quiet)
+
+
+@app.command()
 def apply(
     checkpoint: Ckpt,
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json.")],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from moezip.formats.packed import Grid
 from moezip.pipeline.common import opened
 from moezip.pipeline.layerwise import Layerwise, Solved, layer_linears
 from moezip.pipeline.quantize import items_of, uniform
+from moezip.plan.apply import Applied
 from moezip.plan.packed import LayerFiles, Packed
+from moezip.plan.plan import Plan
 from moezip.quantize.rtn import RtnParams
 from moezip.quantize.rtn import solve as rtn
 from moezip.quantize.settings import StorageParams
@@ -30,8 +33,6 @@ from tests.tiny import FAMILIES, token_ids
 Tiny = Callable[..., Path]
 # float32 sums over 40 tokens in another order.
 SUM_TOLERANCE = 1e-4
-# Families with one tensor for all experts are packed after they were split, which is the next view's business.
-SPLIT = [name for name in FAMILIES if name not in ("gpt_oss", "granitemoe")]
 
 
 def rows_of(count: int = 5, length: int = 8) -> Rows:
@@ -44,11 +45,14 @@ def plain_rtn(weight: torch.Tensor, hessian: torch.Tensor | None, grid: Grid) ->
     return rtn(weight, hessian, grid, RtnParams())
 
 
-def packing_for(folder: Path, bits: int = 4, **storage: Any) -> tuple[Any, Any, dict[str, Grid]]:
+def packing_for(folder: Path, bits: int = 4, **storage: Any) -> tuple[Any, Any, Any, dict[str, Grid]]:
+    """The model, its plain tensors, the same with one tensor per expert and matrix, and a packing."""
     model = opened(str(folder))
     plain = decoded(model.source)
-    packing, _ = uniform(items_of(plain, model), bits, 8, StorageParams(**storage))
-    return model, plain, packing
+    plan = replace(Plan.identity(model.source.fingerprint, model.architecture.name, model.facts), mtp="drop")
+    split = Applied(plain, plan, split=True)
+    packing, _ = uniform(items_of(split, model), bits, 8, StorageParams(**storage))
+    return model, plain, split, packing
 
 
 def logits(source: Any, rows: Rows) -> torch.Tensor:
@@ -130,11 +134,11 @@ def test_expert_inputs_are_those_of_the_tokens_routed_to_it(in_file: bool, tiny:
 # -- what comes out -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", SPLIT)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_packed_view_is_the_model_that_was_solved(family: str, tiny: Tiny, tmp_path: Path) -> None:
     """Hidden states behind the last layer, with codes put in place one by one, are those of the packed view."""
     folder = tiny(family, dtype="bfloat16")
-    _, plain, packing = packing_for(folder)
+    _, plain, split, packing = packing_for(folder)
     rows, solved = rows_of(), Solved(tmp_path / "work", "job")
     solved.begin(False)
     stream = Stream(plain, micro_rows=2)
@@ -147,7 +151,7 @@ def test_the_packed_view_is_the_model_that_was_solved(family: str, tiny: Tiny, t
 
     stream.advance = kept  # type: ignore[method-assign]
     Layerwise(stream, rows, packing, plain_rtn, solved).run()
-    view = Packed(plain, packing, LayerFiles(solved.folder))
+    view = Packed(split, packing, LayerFiles(solved.folder))
     again = Stream(view, micro_rows=2)
     states = again.embed(rows)
     for index in again.run(rows, states):
@@ -160,7 +164,7 @@ def test_the_packed_view_is_the_model_that_was_solved(family: str, tiny: Tiny, t
 
 def test_killed_between_layers_it_goes_on_with_the_same_bytes(tiny: Tiny, tmp_path: Path) -> None:
     folder = tiny("qwen2_moe", dtype="bfloat16")
-    _, plain, packing = packing_for(folder, head=4)
+    _, plain, _, packing = packing_for(folder, head=4)
 
     class Killed(Exception):
         pass
@@ -204,7 +208,7 @@ def test_work_of_another_job_is_not_gone_on_with(tmp_path: Path) -> None:
 
 def test_layers_see_quantized_or_original_ones(tiny: Tiny, tmp_path: Path) -> None:
     folder = tiny("qwen3_moe", dtype="float32")
-    _, plain, packing = packing_for(folder, bits=1, attention=1)
+    _, plain, _, packing = packing_for(folder, bits=1, attention=1)
     moments: dict[bool, list[np.ndarray[Any, Any]]] = {True: [], False: []}
     for original in (True, False):
         def solve(weight: Any, hessian: Any, grid: Grid, original: bool = original) -> Any:
@@ -222,7 +226,7 @@ def test_layers_see_quantized_or_original_ones(tiny: Tiny, tmp_path: Path) -> No
 
 def test_the_router_is_never_packed(tiny: Tiny) -> None:
     for family in FAMILIES:
-        model, plain, packing = packing_for(tiny(family, dtype="bfloat16"), attention=4, shared=4, dense=4)
+        model, _, _, packing = packing_for(tiny(family, dtype="bfloat16"), attention=4, shared=4, dense=4)
         routers = {row.template.format(layer=fact.layer) for row in model.architecture.router for fact in model.facts}
         assert packing and not routers & set(packing)
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from moezip.evaluate.result import Evaluation
     from moezip.pipeline import Estimate, Outcome
     from moezip.pipeline.batch import JobResult
+    from moezip.pipeline.quantize import Outcome as QuantizeOutcome
+    from moezip.pipeline.quantize import QuantizeEstimate
     from moezip.registry import Method
     from moezip.report.overview import Overview
 
@@ -143,6 +145,60 @@ def show_outcome(outcome: Outcome, out: Path, as_json: bool, quiet: bool) -> Non
     for note in report.notes:
         console.say(f"note: {note}")
     say_unrouted(dict(report.unrouted))
+    console.say(f"measure it: moezip evaluate {quote(str(out))} --against {quote(report.source)} --data PATH")
+
+
+def show_quantize_estimate(result: QuantizeEstimate, as_json: bool) -> None:
+    if as_json:
+        console.data({"dry_run": True, **dataclasses.asdict(result)})
+        return
+    console.pairs(
+        "nothing was touched",
+        {
+            "solver": result.solver,
+            "matrices": f"{result.matrices}: {show_widths(result.widths)}",
+            "group": f"{result.group} weights share a scale" if result.group else "one scale per output channel",
+            "size": f"{console.size(result.bytes_before)} to {console.size(result.bytes_after)} "
+            f"({result.bytes_after / result.bytes_before:.0%}), {result.bits_per_weight:.2f} bits per packed weight",
+            "calibration": f"{result.tokens:,} tokens" if result.tokens else "none",
+            "time": f"about {console.duration(result.seconds)} ({result.assumes})",
+            "memory": f"about {console.size(result.memory_bytes)}",
+            "disk": f"the output, and while it runs {console.size(result.disk_bytes)}",
+        },
+    )
+
+
+def show_widths(widths: Mapping[str, int]) -> str:
+    """``576 in int4-g32, 24 in int8-g32``."""
+    return ", ".join(f"{count} in {grid}" for grid, count in widths.items())
+
+
+def show_quantized(outcome: QuantizeOutcome, out: Path, as_json: bool, quiet: bool) -> None:
+    report = outcome.report
+    if as_json:
+        console.data(dataclasses.asdict(report))
+        return
+    if quiet:
+        return
+    console.pairs(
+        str(out),
+        {
+            "packed": show_widths(outcome.widths),
+            "size": f"{console.size(report.bytes_before)} to {console.size(report.bytes_after)} "
+            f"({report.bytes_after / report.bytes_before:.0%}), {report.bits_per_weight:.2f} bits per packed weight, "
+            "scales and zeros counted",
+            "predicted rise of the loss": "none"
+            if report.predicted_nats is None
+            else f"{report.predicted_nats:.4f} nats per token",
+            "time": f"{console.duration(report.seconds)} ("
+            + ", ".join(f"{name} {console.duration(seconds)}" for name, seconds in report.stages.items())
+            + ")",
+            "peak memory": console.size(report.peak_rss_bytes),
+            "read by": "moezip: `import moezip`, then transformers as always",
+        },
+    )
+    for note in report.notes:
+        console.say(f"note: {note}")
     console.say(f"measure it: moezip evaluate {quote(str(out))} --against {quote(report.source)} --data PATH")
 
 

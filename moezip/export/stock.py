@@ -14,6 +14,7 @@ from moezip.export.mone import Substituted
 from moezip.export.readers import Planned
 from moezip.export.verify import MANIFEST, manifest_bytes, require_verified
 from moezip.plan.apply import Applied
+from moezip.plan.plan import Plan
 from moezip.progress import Progress, Watch, unwatched
 
 PLAN = "moezip/plan.json"
@@ -35,18 +36,21 @@ def tensor_bytes(source: Source) -> int:
 
 
 def write_checkpoint(
-    applied: Planned,
+    view: Source,
+    plan: Plan,
     out: Path,
     *,
+    text: str | None,
     report: Callable[[], str],
     command: str,
     extra: Mapping[str, bytes] | None = None,
     overwrite: bool = False,
     watch: Watch = unwatched,
 ) -> dict[str, str]:
-    """Writes ``applied`` to ``out``: all of it or nothing.
+    """Writes ``view``, which is a source through ``plan``, to ``out``: all of it or nothing.
 
     Args:
+        text: the model card; None where nothing changed, so that the source's own is copied.
         report: makes ``moezip/report.json`` once everything else is written.
         command: for the manifest.
         extra: further files by relative path.
@@ -57,21 +61,19 @@ def write_checkpoint(
     Raises:
         CheckpointError: output exists, disk full, weights that are not finite, or an output that is not complete.
     """
-    total, done = tensor_bytes(applied), 0
+    total, done = tensor_bytes(view), 0
 
     def advance(count: int) -> None:
         nonlocal done
         done += count
         watch(Progress("write", done, total, "bytes"))
 
-    with Staging(out, source=applied.folder, overwrite=overwrite, needed=total, check_finite=True) as stage:
-        stage.write_tensors(applied, advance)
-        stage.add("config.json", config_bytes(applied))
-        plan = applied.plan
-        unchanged = applied.changes_nothing
-        stage.copy_side_files(applied.folder, skip=() if unchanged else (CARD,))
-        if not unchanged:
-            stage.add(CARD, card(applied).encode())
+    with Staging(out, source=view.folder, overwrite=overwrite, needed=total, check_finite=True) as stage:
+        stage.write_tensors(view, advance)
+        stage.add("config.json", config_bytes(view))
+        stage.copy_side_files(view.folder, skip=() if text is None else (CARD,))
+        if text is not None:
+            stage.add(CARD, text.encode())
         stage.add(PLAN, plan.to_json().encode())
         for name, content in (extra or {}).items():
             stage.add(name, content)
@@ -89,8 +91,13 @@ def write_checkpoint(
         return dict(stage.digests)
 
 
-def card(applied: Planned) -> str:
-    """The model card: what was done and how to load it. The source's own card follows, if it has one."""
+def card(applied: Planned) -> str | None:
+    """The model card: what was done and how to load it. The source's own card follows, if it has one.
+
+    None where nothing was done.
+    """
+    if applied.changes_nothing:
+        return None
     plan = applied.plan
     width = applied.architecture.layer_facts(applied.source_config)[0].width
     counts = [len(layer.picks) for layer in plan.layers]
@@ -99,20 +106,21 @@ def card(applied: Planned) -> str:
     if not all(layer.whole for layer in plan.layers):
         kept += f", {_span(widths)} of {width} neurons in an expert"
     method = plan.made_by.get("method", "a saved plan")
-    original = applied.folder / CARD
-    front, body = _front_matter(original.read_text(encoding="utf-8") if original.is_file() else "")
     lines = [
-        "---",
-        *front,
-        "---",
-        f"# {applied.architecture.name}, pruned",
-        "",
         f"Made by moezip {__version__}, method `{method}`: {kept} are left. What was kept, the scores and the data it "
         "was chosen with are in `moezip/plan.json`; sizes and timings in `moezip/report.json`.",
         "",
         *stored_lines(applied),
         *how_to_load(applied, plan.ragged(width)),
     ]
+    return with_source_card(applied.folder, f"{applied.architecture.name}, pruned", lines)
+
+
+def with_source_card(folder: Path, title: str, text: Sequence[str]) -> str:
+    """A model card of ``text``, between the front matter and the words of the source's own card, if it has one."""
+    original = folder / CARD
+    front, body = _front_matter(original.read_text(encoding="utf-8") if original.is_file() else "")
+    lines = ["---", *front, "---", f"# {title}", "", *text]
     if body.strip():
         lines += ["", "## The card of the source model", "", body.strip()]
     return "\n".join(lines) + "\n"

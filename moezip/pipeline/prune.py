@@ -18,7 +18,7 @@ from moezip.checkpoint.source import Source
 from moezip.errors import StatisticsError, UsageError
 from moezip.export.mone import Substituted
 from moezip.export.readers import VLLM_NOTE, Planned, check_reader, planned
-from moezip.export.stock import tensor_bytes, write_checkpoint
+from moezip.export.stock import card, tensor_bytes, write_checkpoint
 from moezip.pipeline.calibrate import forget, require_files, resumable, run_calibration, unrouted, work_folder
 from moezip.pipeline.common import Clock, Common, Opened, opened, refuse_file, refuse_output
 from moezip.pipeline.neurons import check_neurons, neuron_layers, require_raggable
@@ -377,7 +377,8 @@ def write_plan(
 
     with clock.stage("write"):
         write_checkpoint(
-            applied, out, report=report, command=common.command, overwrite=common.overwrite, watch=common.watch
+            applied, plan, out, text=card(applied), report=report, command=common.command,
+            overwrite=common.overwrite, watch=common.watch,
         )
     return replace(
         finished[-1], seconds=clock.seconds, stages=dict(clock.stages), peak_rss_bytes=peak_rss_bytes()

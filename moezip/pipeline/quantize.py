@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from moezip import __version__
 from moezip.arch.experts import decoded
+from moezip.arch.families import identify
+from moezip.arch.layout import tripwire_of
 from moezip.arch.packing import Packing
 from moezip.arch.spec import LayerFacts
 from moezip.checkpoint.source import Source
-from moezip.errors import MoezipError, PlanError, UsageError
-from moezip.export.stock import tensor_bytes, write_checkpoint
+from moezip.errors import UsageError
+from moezip.export.stock import tensor_bytes, with_source_card, write_checkpoint
 from moezip.formats.packed import Grid
 from moezip.pipeline.calibrate import require_files, work_folder
 from moezip.pipeline.common import Clock, Common, Opened, opened, refuse_output
+from moezip.plan.apply import Applied
 from moezip.plan.plan import Plan
 from moezip.progress import Progress
 from moezip.quantize.settings import UNPACKED, StorageParams
@@ -72,6 +75,42 @@ class Outcome:
     plan: Plan
     report: Report
     layers: Mapping[str, LayerReport]
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """How many matrices are on each grid, widest first."""
+        return grid_counts(self.plan.packing)
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeEstimate:
+    """What a quantization would do; nothing was read but headers.
+
+    Attributes:
+        widths: matrices by grid. seconds, memory_bytes: rough; ``assumes`` says on what.
+        disk_bytes: what waits in the work folder until the output is written.
+    """
+
+    solver: str
+    matrices: int
+    widths: dict[str, int]
+    group: int
+    bytes_before: int
+    bytes_after: int
+    bits_per_weight: float
+    tokens: int
+    seconds: float
+    memory_bytes: int
+    disk_bytes: int
+    assumes: str
+
+
+def grid_counts(packing: Packing) -> dict[str, int]:
+    """How many matrices are on each grid, widest first."""
+    counts: dict[str, int] = {}
+    for grid in sorted(packing.values(), key=lambda grid: (-grid.bits, str(grid))):
+        counts[str(grid)] = counts.get(str(grid), 0) + 1
+    return counts
 
 
 def prepare_quantize(checkpoint: str, job: QuantizeJob, common: Common) -> Prepared:
@@ -140,7 +179,8 @@ class Item:
     """A matrix that can be packed.
 
     Attributes:
-        name: on disk. kind: ``gate``, ``up``, ``down`` of an expert, else ``attention``, ``shared``, ``dense``, ``head``.
+        name: on disk.
+        kind: ``gate``, ``up``, ``down`` of an expert, else ``attention``, ``shared``, ``dense`` or ``head``.
         shape: [R, C]. layer, expert: where it is, None where that means nothing.
     """
 
@@ -152,12 +192,16 @@ class Item:
 
 
 def items_of(source: Source, model: Opened) -> list[Item]:
-    """Every matrix that can be packed, in the order of the source: experts', and other linears of decoder layers."""
+    """Every matrix that can be packed, in the order of the source: experts', and other linears of decoder layers.
+
+    Args:
+        source: plain tensors, one per expert and matrix.
+    """
     from torch import nn
 
     from moezip.arch.skeleton import Skeleton
 
-    entry = model.architecture
+    entry = identify(source.config, source.folder)
     skeleton = Skeleton(source)
     skeleton.require_complete()
     moe = {fact.layer for fact in model.facts}
@@ -184,8 +228,10 @@ def items_of(source: Source, model: Opened) -> list[Item]:
             linears[fills[0].name] = ("shared" if layer in moe else "dense", layer)
         else:
             linears[fills[0].name] = ("attention", layer)
-    found = []
+    found, trip = [], tripwire_of(entry, source.config)
     for name in source.names():
+        if name == trip:
+            continue
         claim = entry.claim(name, source.config)
         shape = source.spec(name).shape
         if name in linears:
@@ -230,25 +276,82 @@ def quantize_command(checkpoint: str, out: Path, job: QuantizeJob, common: Commo
     prepared = prepare_quantize(checkpoint, job, common)
     model = prepared.model
     refuse_output(out, model.source.folder, common)
-    plain = decoded(model.source)
+    plain, split = views(model)
     with clock.stage("plan"):
-        packing, left = uniform(items_of(plain, model), int(job.bits), prepared.group, prepared.storage)
+        packing, left = uniform(items_of(split, model), int(job.bits), prepared.group, prepared.storage)
     rows = read_rows(model, job, common) if prepared.method.schedule == "layerwise" else None
     folder = (common.workdir or work_folder(out)) / WORK
     made_by = provenance(prepared, job, common, rows)
-    solved = Solved(folder, job_digest(model.source.fingerprint, packing, made_by, None if rows is None else rows.fingerprint()))
+    solved = Solved(
+        folder, job_digest(model.source.fingerprint, packing, made_by, None if rows is None else rows.fingerprint())
+    )
     solved.begin(common.resume)
     with clock.stage("solve"):
-        solve_all(prepared, plain, rows, packing, solved, common)
+        solve_all(prepared, plain, split, rows, packing, solved, common)
     reports = {file.stem: solved.report(file.stem) for file in sorted(folder.glob("*.safetensors"))}
     grids = {name: Grid.parse(text) for each in reports.values() for name, text in each.grids.items()}
-    base = Plan.identity(model.source.fingerprint, model.architecture.name, model.facts)
-    plan = replace(base, made_by=made_by, packing={name: grids[name] for name in packing})
-    packed = Packed(plain, plan.packing, LayerFiles(folder))
-    report = write_packed(prepared, plan, packed, out, common, clock, notes_of(prepared, reports, left))
+    plan = replace(split.plan, made_by=made_by, packing={name: grids[name] for name in packing})
+    packed = Packed(split, plan.packing, LayerFiles(folder))
+    report = write_packed(prepared, plan, packed, out, common, clock, list(notes_of(prepared, reports, left)))
     solved.clear()
     remove_if_empty(folder.parent)
     return Outcome(plan, report, reports)
+
+
+# What a solver's arithmetic runs at against bf16 products: float32, factorizations, short rows.
+SOLVER_SLOWDOWN = 8
+DISK_BYTES_PER_SECOND = 1e9  # a plain SSD
+
+
+def estimate_quantize(checkpoint: str, job: QuantizeJob, common: Common) -> QuantizeEstimate:
+    """``moezip quantize --dry-run``: reads no data and writes nothing."""
+    from moezip.pipeline.estimate import matmul_rate
+    from moezip.report.overview import overview
+
+    prepared = prepare_quantize(checkpoint, job, common)
+    model = prepared.model
+    split = views(model)[1]
+    items = items_of(split, model)
+    packing, _ = uniform(items, int(job.bits), prepared.group, prepared.storage)
+    chosen = [item for item in items if item.name in packing]
+    stored = sum(packing[item.name].nbytes(*item.shape) for item in chosen)
+    weights = sum(item.shape[0] * item.shape[1] for item in chosen)
+    before = sum(split.spec(item.name).bytes for item in chosen)
+    seen = overview(model.source)
+    layerwise = prepared.method.schedule == "layerwise"
+    tokens = sum(text.tokens for text in job.texts) if layerwise else 0
+    rate = matmul_rate()
+    flops = 0.0
+    if layerwise:
+        share = {fact.layer: fact.top_k / fact.experts for fact in model.facts}
+        flops = 3 * tokens * 2 * seen.active_parameters
+        for item in chosen:
+            rows, columns = item.shape
+            reached = tokens * (share[item.layer] if item.expert is not None and item.layer is not None else 1.0)
+            flops += SOLVER_SLOWDOWN * (2 * reached * columns**2 + columns**3 + 6 * rows * columns**2)
+    hidden = tokens * seen.hidden * 2
+    memory = 600 * 2**20 + seen.largest_layer_bytes + 2 * hidden + stored // max(seen.layers, 1)
+    return QuantizeEstimate(
+        solver=prepared.method.name,
+        matrices=len(chosen),
+        widths=grid_counts(packing),
+        group=prepared.group,
+        bytes_before=tensor_bytes(model.source),
+        bytes_after=tensor_bytes(split) - before + stored,
+        bits_per_weight=8 * stored / weights,
+        tokens=tokens,
+        seconds=flops / rate + (seen.bytes + 2 * stored) / DISK_BYTES_PER_SECOND + 6,
+        memory_bytes=min(memory, common.max_memory or memory),
+        disk_bytes=stored,
+        assumes=f"{rate / 1e9:.0f} GFLOP/s (measured now), disk 1 GB/s, 6 s to start",
+    )
+
+
+def views(model: Opened) -> tuple[Source, Applied]:
+    """Plain tensors as the family stores them, and the same with one tensor per expert and matrix."""
+    plain = decoded(model.source)
+    plan = replace(Plan.identity(model.source.fingerprint, model.architecture.name, model.facts), mtp="drop")
+    return plain, Applied(plain, plan, split=True)
 
 
 def remove_if_empty(folder: Path) -> None:
@@ -289,14 +392,24 @@ def provenance(prepared: Prepared, job: QuantizeJob, common: Common, rows: Rows 
 
 
 def solve_all(
-    prepared: Prepared, plain: Source, rows: Rows | None, packing: Packing, solved: Any, common: Common
+    prepared: Prepared,
+    plain: Source,
+    split: Source,
+    rows: Rows | None,
+    packing: Packing,
+    solved: Any,
+    common: Common,
 ) -> None:
-    """Codes for every matrix of ``packing``, into the work folder."""
+    """Codes for every matrix of ``packing``, into the work folder.
+
+    Args:
+        plain: the model that is streamed. split: the same, one tensor per expert and matrix.
+    """
     solve: Callable[..., Any] = partial(_solve, prepared.method, prepared.params)
     if rows is None:
         from moezip.pipeline.layerwise import solve_free
 
-        solve_free(plain, packing, solve, solved, common.watch)
+        solve_free(split, packing, solve, solved, common.watch)
         return
     from moezip.calibrate.stream import Stream
     from moezip.pipeline.layerwise import Layerwise
@@ -348,6 +461,7 @@ def write_packed(
                 source=str(source.folder),
                 statistics={each["name"]: each["tokens"] for each in plan.made_by.get("domains", [])},
                 stock=False,
+                form="moezip",
                 notes=list(notes),
             )
         )
@@ -355,11 +469,36 @@ def write_packed(
 
     with clock.stage("write"):
         write_checkpoint(
-            packed, plan, out, report=report, command=common.command, overwrite=common.overwrite, watch=common.watch
+            packed,
+            plan,
+            out,
+            text=card_of(prepared, plan, packed),
+            report=report,
+            command=common.command,
+            overwrite=common.overwrite,
+            watch=common.watch,
         )
     return replace(
         finished[-1], seconds=clock.seconds, stages=dict(clock.stages), peak_rss_bytes=peak_rss_bytes()
     )  # fmt: skip
+
+
+def card_of(prepared: Prepared, plan: Plan, packed: Packed) -> str:
+    """The model card of a packed checkpoint."""
+    lines = [
+        f"Made by moezip {__version__}, solver `{prepared.method.name}`: {len(plan.packing)} matrices are stored in "
+        f"{bits_per_weight(packed):.2f} bits per weight, scales and zeros counted. Which, and on what text they were "
+        "solved, is in `moezip/plan.json`; sizes and timings are in `moezip/report.json`.",
+        "",
+        "It loads with moezip installed:",
+        "",
+        "```python",
+        "import moezip",
+        "from transformers import AutoModelForCausalLM",
+        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
+        "```",
+    ]
+    return with_source_card(packed.folder, f"{prepared.model.architecture.name}, quantized", lines)
 
 
 def bits_per_weight(packed: Packed) -> float:
@@ -377,11 +516,11 @@ def notes_of(prepared: Prepared, reports: Mapping[str, LayerReport], left: Seque
             basis[name] = basis.get(name, 0) + count
     if prepared.method.schedule == "layerwise":
         if basis.get("pooled"):
-            yield f"{basis['pooled']} matrices of experts that no token reached were solved on the layer's pooled inputs"
+            yield f"{basis['pooled']} matrices of experts that no token reached were solved on all tokens' inputs"
         if basis.get("none"):
             yield f"{basis['none']} matrices had no inputs at all and were rounded to nearest"
         raised = sum(each.raised for each in reports.values())
         if raised:
             yield f"{raised} matrices needed more damping than was asked for"
     if left:
-        yield f"{len(left)} matrices whose rows no group of {prepared.group} divides were left as they are: {left[0]}, ..."
+        yield f"{len(left)} matrices stay as they are, as groups of {prepared.group} do not divide them: {left[0]}, ..."

@@ -39,13 +39,16 @@ TRIPWIRE = View("")
 class Applied:
     """``source`` through ``plan``; a Source like any other.
 
+    Args:
+        split: in moezip's own format, one tensor per expert and matrix, even where a stock one would do.
+
     Raises:
         PlanError: the plan does not fit the checkpoint, or keeps multi-token-prediction experts of a layout that
             the table of architectures does not describe.
         ArchitectureError: the source is ragged itself.
     """
 
-    def __init__(self, source: Source, plan: Plan):
+    def __init__(self, source: Source, plan: Plan, *, split: bool = False):
         self._source, self.plan = source, plan
         self.architecture = identify(source.config, source.folder)
         require_uniform(source.config, "compressing", source.folder)
@@ -57,7 +60,7 @@ class Applied:
         self._same = {layer.layer: layer.whole and layer.kept == tuple(range(layer.experts)) for layer in plan.layers}
         self._names = set(source.names())
         self._blocks = (fp8_block.block_size(source.config), fp8_block.powers_of_two(source.config))
-        self._layout = self._checked_layout(facts)
+        self._layout = self._checked_layout(facts, split)
         self._views: dict[str, Piece] = {}
         self._specs: dict[str, TensorSpec] = {}
         for name in source.names():
@@ -141,7 +144,7 @@ class Applied:
                     target = templates[role].format(layer=claim.layer, expert=number)
                     yield target, Split(name, claim.tensor, pick.kept, role, pick.neurons, self._width)
 
-    def _checked_layout(self, facts: Sequence[LayerFacts]) -> Layout | None:
+    def _checked_layout(self, facts: Sequence[LayerFacts], split: bool) -> Layout | None:
         """The layout of a ragged output, None for a stock one.
 
         Raises:
@@ -151,7 +154,7 @@ class Applied:
         plan, width = self.plan, self._width
         if not all(layer.whole for layer in plan.layers):
             self._require_separable("experts of which some neurons are gone")
-        if not plan.ragged(width):
+        if not plan.ragged(width) and not split:
             self._require_whole_blocks()
             return None
         self._require_separable("layers or experts that differ")

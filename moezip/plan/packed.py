@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, final
 
-from moezip.arch.families import identify
-from moezip.arch.layout import TRIPWIRE_DTYPE, TRIPWIRE_SHAPE, TRIPWIRE_VALUE, Layout, own_format, tripwire
+from moezip.arch.layout import own_format
 from moezip.arch.packing import KEY, Packing, folded, stem
 from moezip.checkpoint.source import Source, TensorSpec
 from moezip.errors import CheckpointError, PlanError
@@ -64,24 +63,21 @@ class Packed:
     """``base`` with the matrices of ``packing`` stored as codes, in moezip's own format.
 
     Args:
-        base: plain tensors, one per expert and matrix where experts are packed.
+        base: plain tensors in moezip's own format (``Applied(..., split=True)``), or with ``quantization`` in the
+            family's, one per expert and matrix.
         packing: which matrices, and their grids. Shapes are the base's.
         values: where the codes are, under the names that they will have.
-        quantization: the ``quantization_config`` to write, for a format of others; default moezip's own, with its
-            tripwire.
+        quantization: the ``quantization_config`` to write, for a format of others; default moezip's own.
 
     Raises:
         PlanError: the packing names a matrix that is not there.
         CheckpointError: codes are missing.
     """
 
-    def __init__(
-        self, base: Source, packing: Packing, values: Values, quantization: Mapping[str, Any] | None = None
-    ):
+    def __init__(self, base: Source, packing: Packing, values: Values, quantization: Mapping[str, Any] | None = None):
         self._base, self._packing, self._values = base, dict(packing), values
         self._specs: dict[str, TensorSpec] = {}
         self._held = set(values.names())
-        self._trip: str | None = None
         missing = set(packing) - set(base.names())
         if missing:
             raise PlanError(
@@ -104,21 +100,8 @@ class Packed:
         if quantization is not None:
             self._config["quantization_config"] = dict(quantization)
         else:
-            self._config["quantization_config"] = self._own_format()
-
-    def _own_format(self) -> dict[str, Any]:
-        base = self._base
-        entry = identify(base.config, base.folder).split
-        if own_format(base.config):
-            given = dict(base.config["quantization_config"])
-        else:
-            facts = entry.layer_facts(base.config)
-            layout = Layout({fact.layer: (fact.width,) * fact.experts for fact in facts})
-            given = layout.to_config()
-            self._trip = tripwire(entry, layout)
-            router = entry.router[0].template.format(layer=min(layout.widths))
-            self._specs[self._trip] = TensorSpec(self._trip, TRIPWIRE_DTYPE, TRIPWIRE_SHAPE, base.spec(router).file)
-        return {**given, KEY: folded(self._packing)}
+            assert own_format(base.config), "without a tripwire, loaders would fill the packed matrices by chance"
+            self._config["quantization_config"] = {**base.config["quantization_config"], KEY: folded(self._packing)}
 
     @property
     def packing(self) -> dict[str, Any]:
@@ -161,11 +144,7 @@ class Packed:
         return self._base.raw_header(file) if mine == theirs else None
 
     def read(self, name: str, rows: range | None = None) -> torch.Tensor:
-        import torch
-
         spec = self.spec(name)
-        if name == self._trip:
-            return torch.full(TRIPWIRE_SHAPE, TRIPWIRE_VALUE, dtype=torch.uint8)
         if name not in self._own:
             return self._base.read(name, rows)
         found = self._values.read(name, rows)
@@ -184,7 +163,7 @@ class Packed:
     def chunks(self, name: str, rows: range | None = None) -> Iterator[memoryview]:
         import torch
 
-        if name in self._own or name == self._trip:
+        if name in self._own:
             yield memoryview(self.read(name, rows).contiguous().view(torch.uint8).numpy().tobytes())
         else:
             yield from self._base.chunks(name, rows)

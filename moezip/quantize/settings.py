@@ -1,4 +1,4 @@
-"""What every quantization can be told besides its solver's own knobs: who gets how many bits, and how they are stored."""
+"""What a quantization can be told besides its solver's own knobs: who gets how many bits, how they are stored."""
 
 from __future__ import annotations
 
