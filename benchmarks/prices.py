@@ -5,8 +5,9 @@
 One streamed forward and backward pass over the calibration text; every plan is made from its statistics and measured as
 a view, so that no checkpoint is written. At one ratio all plans remove the same number of expert weights (neurons or
 whole experts), so their checkpoints have the same size but for the routers' rows. Prints, per plan, the predicted rise
-of the loss on the calibration domain beside the measured one on held-out text of that domain, the mean rise over all
-held-out texts, and Spearman's rank correlation of predicted and measured. Markdown.
+of the loss on the calibration domain, bare and corrected by measured probes, beside the measured one on held-out text
+of that domain, the mean rise over all held-out texts, and Spearman's rank correlation of predicted and measured.
+Markdown.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16, help="windows measured per text")
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--labels", choices=("data", "model"), default="data")
+    parser.add_argument("--probes", type=int, default=3, help="measured probes per layer and kind")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all values there")
     given = parser.parse_args()
 
@@ -59,6 +62,8 @@ def main() -> None:
     from moezip.calibrate.data import domains_of, text_files
     from moezip.pipeline import Common, PruneJob, make_plan, opened, prepare_prune, run_calibration
     from moezip.plan.apply import Applied
+    from moezip.plan.factors import fit
+    from moezip.plan.price import predicted_nats
     from moezip.prune import METHODS
 
     texts, domain = text_files(given.heldout), given.calib.stem
@@ -75,31 +80,41 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         stats = run_calibration(
             model, domains_of([given.calib], given.tokens), common, record=record, workdir=Path(work) / "w",
-            labels=given.labels,
+            labels=given.labels, probes=given.probes,
         )  # fmt: skip
     seconds = time.perf_counter() - begun
     dense = losses(model.source, texts, given)
     average = sum(dense.values()) / len(dense)
-    print(f"{stats.tokens:,} tokens of {domain}, labels {given.labels}; forward and backward in {seconds:.1f} s; dense "
-          f"{dense[domain]:.4f} on {domain}, {average:.4f} on average\n")  # fmt: skip
+    print(f"{stats.tokens:,} tokens of {domain}, labels {given.labels}; forward, backward and {len(stats.probes)} "
+          f"probes in {seconds:.1f} s; dense {dense[domain]:.4f} on {domain}, {average:.4f} on average\n")  # fmt: skip
+    factors = fit(stats.probes).to_json()
+    for kind, found in factors.items():
+        own = ", ".join(f"{layer}: {factor:.2f}" for layer, factor in found["layers"].items())
+        print(f"{kind} x {found['pooled']:.2f} (by layer {own})\n")
     rows, values = [], []
     for ratio in given.ratios:
         for label, method, settings, scope in PLANS:
             job = PruneJob(method, ratio=ratio, settings=settings, scope=scope)
             plan = make_plan(prepare_prune(given.checkpoint, job, common), job, stats, common)
             found = losses(Applied(model.source, plan), texts, given)
-            predicted = plan.made_by["predicted_nats"]
+            bare, predicted = predicted_nats(plan, stats.domains, {}), plan.made_by["predicted_nats"]
             rise = found[domain] - dense[domain]
             everywhere = sum(found.values()) / len(found) - average
             measure.say(f"{ratio:.0%} {label}")
-            rows.append((f"{ratio:.0%}", label, f"{predicted:.4f}", f"{rise:+.4f}", f"{everywhere:+.4f}"))
-            values.append({"ratio": ratio, "plan": label, "predicted": predicted, "measured": rise, "losses": found})
-    head = ("removed", "plan", "predicted nats", f"rise on {domain}", "mean rise, all texts")
+            shown = (f"{bare:.4f}", f"{predicted:.4f}", f"{rise:+.4f}", f"{everywhere:+.4f}")
+            rows.append((f"{ratio:.0%}", label, *shown))
+            values.append({
+                "ratio": ratio, "plan": label, "bare": bare, "predicted": predicted, "measured": rise, "losses": found,
+            })  # fmt: skip
+    head = ("removed", "plan", "bare price", "corrected", f"rise on {domain}", "mean rise, all texts")
     print(measure.table(head, rows))
-    predicted, measured = ([each[key] for each in values] for key in ("predicted", "measured"))
-    print(f"\nrank correlation of predicted and measured over {len(values)} plans: "
-          f"{spearmanr(predicted, measured).statistic:.3f}")  # fmt: skip
-    measure.save(given.json, {"prices": values, "dense": dense})
+    measured = [each["measured"] for each in values]
+    for key in ("bare", "predicted"):
+        rank = spearmanr([each[key] for each in values], measured).statistic
+        name = "bare" if key == "bare" else "corrected"
+        print(f"\nrank correlation of {name} prices and measured rises over {len(values)} plans: {rank:.3f}")
+    probes = [asdict(probe) for probe in stats.probes]
+    measure.save(given.json, {"prices": values, "dense": dense, "factors": factors, "probes": probes})
 
 
 if __name__ == "__main__":
