@@ -27,13 +27,15 @@ class DecodeBlocks(ConversionOps):
     def __init__(self, block: tuple[int, int]):
         self.block = block
 
-    def convert(self, input_dict: dict[str, Any], full_layer_name: str = "weight", **_: Any) -> dict[str, Any]:
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **about: Any
+    ) -> dict[str, Any]:
         from moezip.formats.fp8_block import decode
 
         found = {key.removesuffix("$"): value[0] if isinstance(value, list) else value
                  for key, value in input_dict.items()}  # fmt: skip
         weight, factors = found["weight"], found.get("weight_scale_inv")
-        return {full_layer_name: weight if factors is None else decode(weight, factors, self.block)}
+        return {about["full_layer_name"]: weight if factors is None else decode(weight, factors, self.block)}
 
 
 class MoezipConfig(QuantizationConfigMixin):
