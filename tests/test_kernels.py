@@ -21,7 +21,7 @@ SUMS = 2e-5
 # A loss is a sum of squares of such sums; the codes that it belongs to are the same ones.
 LOSS = 1e-3
 
-# Rows around the tiles of all instruction sets (8, 16, 64), columns around blocks and words.
+# Rows around the tiles of the instruction sets (32, 64), columns around blocks and words.
 SHAPES = [(1, 32, 32), (3, 96, 96), (7, 33, 11), (64, 64, 32), (65, 160, 32), (130, 256, 128)]
 
 

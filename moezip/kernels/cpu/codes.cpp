@@ -7,18 +7,20 @@ namespace MOEZIP_ISA {
 
 int round(const Codes& job, int64_t first, int64_t last) {
   const int64_t count = job.columns / job.group;
-  const float top = (float)((1 << job.bits) - 1);
+  const vec top = splat((float)((1 << job.bits) - 1));
   for (int64_t row = first; row < last; ++row)
     for (int64_t g = 0; g < count; ++g) {
       const float* from = job.weight + row * job.columns + g * job.group;
       uint8_t* to = job.codes + row * job.columns + g * job.group;
-      const float zero = job.zeros[row * count + g], inverse = 1.0f / job.scales[row * count + g];
-      for (int64_t c = 0; c < job.group; ++c) {
-        float place = from[c] * inverse + zero;
-        place = place > 0.0f ? place : 0.0f;
-        place = place < top ? place : top;
-        to[c] = (uint8_t)(int32_t)((place + SHIFT) - SHIFT);
-      }
+      const vec zero = splat(job.zeros[row * count + g]), inverse = splat(1.0f / job.scales[row * count + g]);
+      int64_t c = 0;
+      for (; c + LANES <= job.group; c += LANES) store_bytes(to + c, quantized(load(from + c), inverse, zero, top));
+      if (c == job.group) continue;
+      float rest[LANES] = {};
+      uint8_t codes[LANES];
+      memcpy(rest, from + c, (size_t)(4 * (job.group - c)));
+      store_bytes(codes, quantized(load(rest), inverse, zero, top));
+      memcpy(to + c, codes, (size_t)(job.group - c));
     }
   return OK;
 }

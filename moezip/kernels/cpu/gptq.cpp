@@ -9,13 +9,15 @@
 namespace moezip {
 namespace MOEZIP_ISA {
 
-constexpr int64_t TILE = WIDE * LANES;
+// Rows of a tile: with fewer, the factor is read from memory too often; with more, the tile leaves the second cache.
+constexpr int64_t TILE = WIDE * LANES < 32 ? 32 : WIDE * LANES;
+constexpr int VECTORS = TILE / LANES;
 constexpr int64_t BLOCK = 48;
 constexpr int TOGETHER = 6;  // places paid at once: TOGETHER * WIDE sums, all in registers
 
-// Pays COUNT places from `place` on for the errors at the places from `done` on.
+// Pays COUNT places from `place` on for the errors at the places from `done` on, for WIDE vectors of rows.
 template <int COUNT>
-static inline void pay(float* tile, int64_t place, int64_t done, int64_t columns, const float* factor, int64_t stride) {
+static inline void pay_some(float* tile, int64_t place, int64_t done, int64_t columns, const float* factor, int64_t stride) {
   vec sums[COUNT][WIDE];
   const float* row = factor + place * stride;
   MOEZIP_UNROLLED
@@ -37,6 +39,11 @@ static inline void pay(float* tile, int64_t place, int64_t done, int64_t columns
   for (int j = 0; j < COUNT; ++j)
     MOEZIP_UNROLLED
     for (int v = 0; v < WIDE; ++v) store(tile + (place + j) * TILE + v * LANES, sums[j][v]);
+}
+
+template <int COUNT>
+static inline void pay(float* tile, int64_t place, int64_t done, int64_t columns, const float* factor, int64_t stride) {
+  for (int64_t at = 0; at < TILE; at += WIDE * LANES) pay_some<COUNT>(tile + at, place, done, columns, factor, stride);
 }
 
 // Transposed copies in small squares, so that both sides stay in the first cache.
@@ -115,20 +122,19 @@ static void quantize_block(const Gptq& job, float* tile, uint8_t* codes, int64_t
     const int64_t column = job.order[start + i];
     const int64_t group = (job.refit ? column / job.refit->group : job.groups[column]) * TILE;
     const float over = 1.0f / shares[i];
-    vec errors[WIDE];
-    for (int v = 0; v < WIDE; ++v) {
+    vec errors[VECTORS];
+    for (int v = 0; v < VECTORS; ++v) {
       vec weight = load(here + v * LANES), zero = load(steps.zero + group + v * LANES);
       vec code = quantized(weight, load(steps.inverse + group + v * LANES), zero, top);
       errors[v] = (weight - load(steps.scale + group + v * LANES) * (code - zero)) * over;
       loss[v] += errors[v] * errors[v];
       store(here + v * LANES, errors[v]);
-      uint8_t* out = codes + (start + i) * TILE + v * LANES;
-      for (int lane = 0; lane < LANES; ++lane) out[lane] = (uint8_t)(int)code[lane];
+      store_bytes(codes + (start + i) * TILE + v * LANES, code);
     }
     for (int64_t j = 0; j < i; ++j) {
       float* other = tile + (start + j) * TILE;
       const vec share = splat(shares[j]);
-      for (int v = 0; v < WIDE; ++v) store(other + v * LANES, fused_less(errors[v], share, load(other + v * LANES)));
+      for (int v = 0; v < VECTORS; ++v) store(other + v * LANES, fused_less(errors[v], share, load(other + v * LANES)));
     }
   }
 }
@@ -148,7 +154,7 @@ int gptq(const Gptq& job, int64_t first, int64_t last) {
     const int64_t rows = last - row < TILE ? last - row : TILE;
     fetch(job, row, rows, tile);
     if (!job.refit) fetch_steps(job, row, rows, steps);
-    vec loss[WIDE] = {};
+    vec loss[VECTORS] = {};
     for (int64_t end = columns, start; end > 0; end = start) {
       start = end > block ? end - block : 0;
       int64_t place = start;

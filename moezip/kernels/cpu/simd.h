@@ -80,6 +80,19 @@ static inline vec quantized(vec weight, vec inverse, vec zero, vec top) {
   return nearest(smaller(larger(weight * inverse + zero, vec{}), top));
 }
 
+// Whole numbers from 0 to 255, as LANES bytes.
+static inline void store_bytes(uint8_t* to, vec whole) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32((__m512)whole)));
+#elif defined(__AVX2__) && defined(__FMA__)
+  const __m256i wide = _mm256_cvtps_epi32((__m256)whole);
+  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(words, words));
+#else
+  for (int lane = 0; lane < LANES; ++lane) to[lane] = (uint8_t)(int32_t)whole[lane];
+#endif
+}
+
 // Significand cut to what is stored, ties to even.
 static inline vec stored(vec scale, int dropped) {
   if (!dropped) return scale;
