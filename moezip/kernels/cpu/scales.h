@@ -51,8 +51,8 @@ static inline Found search_scales(const float* tile, int64_t stride, const float
   if (search.symmetric)
     for (int v = 0; v < 2; ++v) high[v] = larger(high[v], -low[v]);
 
-  Found found;
-  vec best[2], lower[2], upper[2];
+  Found found = {};
+  vec best[2] = {}, lower[2] = {}, upper[2] = {};
   auto trial = [&](const vec* low_share, const vec* high_share, bool first) {
     vec scale[2], zero[2], inverse[2], loss[2] = {};
     for (int v = 0; v < 2; ++v) {
