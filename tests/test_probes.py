@@ -216,10 +216,10 @@ def test_lots_by_hand() -> None:
 def test_neuron_shares_by_hand() -> None:
     price = np.arange(16.0)[::-1].reshape(2, 8)  # expert 1 holds the cheap ones, the last first
     masks = neuron_shares(price, 3)
-    assert [mask.sum() for mask in masks] == [2, 4, 8]
-    assert masks[0].tolist() == [[False] * 8, [False] * 6 + [True] * 2]
+    assert [mask.sum() for mask in masks] == [4, 8, 12]
+    assert masks[0].tolist() == [[False] * 8, [False] * 4 + [True] * 4]
     assert all((small <= large).all() for small, large in pairwise(masks))
-    assert [mask.sum() for mask in neuron_shares(np.ones((1, 4)), 3)] == [1, 2]
+    assert [mask.sum() for mask in neuron_shares(np.ones((1, 2)), 3)] == [1]
 
 
 def domain(name: str, drops: Sequence[float], neurons: Any, scored: int) -> Domain:

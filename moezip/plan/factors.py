@@ -109,8 +109,8 @@ def probes_of(
     """Decisions worth measuring, ``count`` per layer and kind, with their prices.
 
     Experts go one at a time (one of every group where the router has groups): a cheap one, a dear one, and others
-    between them. Neurons go in shares of the layer's, cheapest first: a half, a
-    quarter, ..., each share holding the smaller ones. Layers that cannot lose an expert are left out.
+    between them. Neurons go in equal steps of shares of the layer's, cheapest
+    first, each share holding the smaller ones. Layers that cannot lose an expert are left out.
 
     Args:
         weights: by domain, its share of the text that will be measured.
@@ -158,11 +158,10 @@ def expert_lots(fact: LayerFacts, price: Array, count: int) -> list[tuple[int, .
 
 
 def neuron_shares(price: Array, count: int) -> list[Any]:
-    """[E, F] masks of the cheapest neurons: of 3, an eighth, a quarter and a half of them; none that is empty."""
+    """[E, F] masks of the cheapest neurons: for a count of 3 a quarter, a half, and three quarters of them."""
     order = np.argsort(price, axis=None, kind="stable")
     masks = []
-    for halvings in range(count, 0, -1):
-        size = price.size >> halvings
+    for size in dict.fromkeys(price.size * part // (count + 1) for part in range(1, count + 1)):
         if size:
             gone = np.zeros(price.size, dtype=bool)
             gone[order[:size]] = True

@@ -21,8 +21,8 @@ budget. `uniform=true` keeps the same number of neurons in every expert, chosen 
 stock transformers and vLLM.
 
 The predicted rise of the loss that is printed is the sum of (u v)^2 / 2 over all tokens, whatever the scores, times a
-factor per layer that a few measured probes give (the cheapest eighth, quarter and half of a layer's neurons taken out;
-`moezip/plan/factors.py`). `--set probes=0` leaves them away; what is removed does not depend on them.
+factor per layer that a few measured probes give (the cheapest quarter, half and three quarters of a layer's neurons
+taken out; `moezip/plan/factors.py`). `--set probes=0` leaves them away; what is removed does not depend on them.
 """
 
 from __future__ import annotations
