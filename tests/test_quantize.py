@@ -347,7 +347,7 @@ def test_float32_and_one_factor_agree_with_the_book_in_float64(bits: int, order:
     weight, hessian = correlated(columns=160)  # more than one block of the kernel
     found = gptq(weight, hessian, Grid(bits, 32), GptqParams(refine=0, order=order))
     diagonal = hessian.diagonal().numpy()
-    damped = hessian.double().numpy() + 0.01 * diagonal.mean(dtype=np.float64) * np.eye(160)
+    damped = hessian.double().numpy() + 0.1 * diagonal.mean(dtype=np.float64) * np.eye(160)
     places = np.argsort(-diagonal, kind="stable") if order == "activity" else np.arange(160)
     codes, loss = textbook(weight.numpy(), damped, found.codes, places)
     # a code that falls the other way sends the rest of its row another way: rows agree or, rarely, they do not
@@ -438,11 +438,16 @@ def test_the_error_of_each_row_by_hand():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"order": "random"}, {"clip": "all"}, {"damp": -1.0}, {"refine": -1}, {"prior": -0.5}]
+    "settings", [{"order": "random"}, {"clip": "all"}, {"damp": -1.0}, {"refine": -2}, {"prior": -0.5}]
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict):
     with pytest.raises(UsageError):
         GptqParams(**settings)
+
+
+def test_refinement_is_for_the_narrow_widths_unless_asked_for():
+    assert [GptqParams().passes(bits) for bits in (1, 2, 3, 4, 8)] == [2, 2, 2, 0, 0]
+    assert [GptqParams(refine=1).passes(bits) for bits in (2, 8)] == [1, 1]
 
 
 def test_methods_are_registered():

@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 
 from moezip.formats.packed import Grid
-from moezip.quantize.groups import Array, Groups, nearest, stored
+from moezip.quantize.groups import Array, Groups, stored
 
 # A new step below this share of the old one is not taken: the codes would no longer be near.
 LEAST_STEP = 0.3
@@ -76,10 +76,11 @@ def _one_pass(
             slope += shift @ inner
             step[:, group] = new
             gained += gain
-        found, moved, gain = _codes(
-            weight[:, part] + changes[:, part], slope, inner, step[:, group], zero[:, group], groups.top
-        )
-        codes[:, part], changes[:, part] = found, moved - weight[:, part]
+        old = codes[:, part].astype(np.float32)
+        new, gain = _codes(old, slope / step[:, group, None], inner, groups.top)
+        codes[:, part] = new
+        changes[:, part] += (new - old) * step[:, group, None]
+        gain *= step[:, group].astype(np.float64) ** 2
         gained += gain
     return codes, Groups(groups.grid, step, zero), gained
 
@@ -97,22 +98,26 @@ def _step(unit: Array, slope: Array, inner: Array, step: Array, grid: Grid) -> t
     return np.where(gain < 0, best, step), np.minimum(gain, 0)
 
 
-def _codes(values: Array, slope: Array, inner: Array, step: Array, zero: Array, top: int) -> tuple[Array, Array, Array]:
-    """The best codes of one group, column after column: codes and values [R, g], and what they gain, [R]."""
-    held = np.ascontiguousarray(values.T)  # [g, R]: a column is one run of memory
+def _codes(codes: Array, slope: Array, inner: Array, top: int) -> tuple[Array, Array]:
+    """The best codes of one group, column after column: float32 [R, g], and what they gain in steps squared, [R].
+
+    In units of the step: v_j - G_j / H_jj is the code less slope_j / H_jj, whatever the zero.
+    """
+    held = codes.T.copy()  # [g, R]: a column is one run of memory
     slope = np.ascontiguousarray(slope.T)
-    codes = np.empty(held.shape, np.uint8)
-    gained = np.zeros(held.shape[1])
-    curves = inner.diagonal()
+    moves = np.empty_like(held)
+    inverses = 1 / inner.diagonal()
     for start in range(0, len(held), NEAR):
         stop = min(start + NEAR, len(held))
-        before = held[start:stop].copy()
         for column in range(start, stop):
-            code = nearest(held[column] - slope[column] / curves[column], step, zero, top)
-            value = step * (code - zero)
-            move = value - held[column]
-            gained += move * (2 * slope[column] + move * curves[column])
-            slope[column:stop] += inner[column:stop, column, None] * move
-            codes[column], held[column] = code, value
-        slope[stop:] += inner[stop:, start:stop] @ (held[start:stop] - before)
-    return codes.T, held.T, gained
+            move = np.multiply(slope[column], -inverses[column], out=moves[column])
+            move += held[column]
+            np.rint(move, out=move)
+            np.minimum(np.maximum(move, 0, out=move), top, out=move)
+            move -= held[column]
+            slope[column + 1 : stop] += inner[column + 1 : stop, column, None] * move
+        slope[stop:] += inner[stop:, start:stop] @ moves[start:stop]
+    # the slope of each column is still the one that its move was made on
+    gained = (moves * (2 * slope + moves * inner.diagonal()[:, None])).sum(0, dtype=np.float64)
+    held += moves
+    return np.ascontiguousarray(held.T), gained

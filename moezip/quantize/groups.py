@@ -83,11 +83,6 @@ def _steps_per_scale(grid: Grid) -> np.float32:
     return np.float32(2.0 if grid.bits == 1 else 1.0)
 
 
-def nearest(weight: Array, step: Array, zero: Array, top: int) -> Array:
-    """The codes, still as floats, nearest to weights: round half to even, clipped to 0 .. top."""
-    return np.clip(np.rint(weight / step + zero), 0, top)
-
-
 def stored(grid: Grid, step: Array) -> Array:
     """float32 [R, G], the steps that the stored scales stand for."""
     import torch
