@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -61,7 +62,9 @@ def logits(source: Any, rows: Rows) -> torch.Tensor:
     for _ in stream.run(rows, states):
         pass
     stream.load_head()
-    return torch.stack([stream.logits(rows, states, 0, torch.arange(8)), stream.logits(rows, states, 4, torch.arange(8))])
+    return torch.stack(
+        [stream.logits(rows, states, 0, torch.arange(8)), stream.logits(rows, states, 4, torch.arange(8))]
+    )
 
 
 # -- what is looked at --------------------------------------------------------------------------------------
@@ -156,7 +159,9 @@ def test_the_packed_view_is_the_model_that_was_solved(family: str, tiny: Tiny, t
     states = again.embed(rows)
     for index in again.run(rows, states):
         assert torch.equal(states.read(0, 1), outputs[index]), f"layer {index}"
-    held = {name for report in (solved.report(f.stem) for f in solved.folder.glob("*.safetensors")) for name in report.grids}
+    held = {
+        name for report in (solved.report(f.stem) for f in solved.folder.glob("*.safetensors")) for name in report.grids
+    }
     assert held == set(packing)
     names = view.names()
     assert len(names) == len(set(names)) and not set(packing) & set(names)
@@ -211,6 +216,7 @@ def test_layers_see_quantized_or_original_ones(tiny: Tiny, tmp_path: Path) -> No
     _, plain, _, packing = packing_for(folder, bits=1, attention=1)
     moments: dict[bool, list[np.ndarray[Any, Any]]] = {True: [], False: []}
     for original in (True, False):
+
         def solve(weight: Any, hessian: Any, grid: Grid, original: bool = original) -> Any:
             if hessian is not None:
                 moments[original].append(hessian.numpy().copy())
@@ -249,3 +255,60 @@ def test_the_table_in_the_config_is_read_back() -> None:
     for bad in ([], {"x": "int4-g32"}, {"a.weight": "int9-g32"}, {"experts.*.a.weight": "int4-g32"}, {"a.weight": 4}):
         with pytest.raises(ArchitectureError, match="packed"):
             unfolded(bad)
+
+
+# -- the command --------------------------------------------------------------------------------------------
+
+
+def tensors_of(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in (*folder.glob("*.safetensors"), folder / "config.json")}
+
+
+def test_quantize_writes_what_apply_writes_again(cli: Any, tmp_path: Path) -> None:
+    out, again = tmp_path / "out", tmp_path / "again"
+    answer = cli("quantize", "demo", out, "--bits", 3, "--solver", "rtn", "--json")
+    assert answer.code == 0, answer.err
+    told = answer.json
+    # int3 in groups of 64: 3 bits, a 16-bit scale and a 3-bit zero per group and 16 bytes of shape per matrix;
+    # attention has 4 bits
+    assert 3 + 19 / 64 < told["bits_per_weight"] < 3.7
+    assert told["bytes_after"] == sum(len(data) for name, data in shards(out).items())
+    assert cli("apply", "demo", out / "moezip" / "plan.json", again, "--quiet").code == 0
+    assert tensors_of(out) == tensors_of(again)
+    assert cli("verify", out, "--quiet").code == 0
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    """The tensors' bytes of every shard, without headers."""
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        data = file.read_bytes()
+        found[file.name] = data[8 + int.from_bytes(data[:8], "little") :]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--bits", 2.5, "--solver", "rtn"), "--allocate lp"),
+        (("--bits", 4), "needs calibration text"),
+        (("--bits", 4, "--solver", "rtn", "--group-size", 48), r"\[64, 32\]"),
+        (("--bits", 4, "--solver", "rtn", "--set", "attention=12"), "attention cannot have 12 bits"),
+        (("--bits", 4, "--solver", "rtn", "--set", "atention=4"), "did you mean 'attention'"),
+        (("--bits", 4, "--solver", "gptqq"), "did you mean 'gptq'"),
+    ],
+)
+def test_what_cannot_be_is_told_before_any_work(words: tuple[Any, ...], told: str, cli: Any, tmp_path: Path) -> None:
+    answer = cli("quantize", "demo", tmp_path / "out", *words)
+    assert answer.code in (1, 2) and not answer.out
+    assert re.search(told, " ".join(answer.err.split())), answer.err
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_dry_run_says_the_size_to_the_byte(cli: Any, tmp_path: Path) -> None:
+    asked = ("--bits", 2, "--solver", "rtn", "--set", "attention=8", "--json")
+    told = cli("quantize", "demo", tmp_path / "out", *asked, "--dry-run").json
+    assert not any(tmp_path.iterdir())
+    done = cli("quantize", "demo", tmp_path / "out", *asked).json
+    assert told["bytes_after"] == done["bytes_after"]
+    assert told["bits_per_weight"] == done["bits_per_weight"]

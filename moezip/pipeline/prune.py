@@ -349,6 +349,10 @@ def apply_command(checkpoint: str, plan_file: Path, out: Path, common: Common, r
     model = opened(checkpoint)
     refuse_output(out, model.source.folder, common)
     plan = Plan.load(plan_file)
+    if plan.packing:
+        from moezip.pipeline.quantize import apply_packed
+
+        return Outcome(plan, apply_packed(model, plan, plan_file, out, common, clock))
     return Outcome(plan, write_plan(model.source, plan, out, common, clock, None, reader=reader))
 
 

@@ -15,13 +15,15 @@ from moezip.arch.families import identify
 from moezip.arch.layout import tripwire_of
 from moezip.arch.packing import Packing
 from moezip.arch.spec import LayerFacts
+from moezip.checkpoint.reader import Checkpoint
 from moezip.checkpoint.source import Source
-from moezip.errors import UsageError
+from moezip.errors import PlanError, UsageError
 from moezip.export.stock import tensor_bytes, with_source_card, write_checkpoint
 from moezip.formats.packed import Grid
 from moezip.pipeline.calibrate import require_files, work_folder
 from moezip.pipeline.common import Clock, Common, Opened, opened, refuse_output
 from moezip.plan.apply import Applied
+from moezip.plan.packed import LayerFiles, Packed
 from moezip.plan.plan import Plan
 from moezip.progress import Progress
 from moezip.quantize.settings import UNPACKED, StorageParams
@@ -31,7 +33,6 @@ from moezip.report.report import Report, peak_rss_bytes
 if TYPE_CHECKING:
     from moezip.calibrate.data import DomainText, Rows
     from moezip.pipeline.layerwise import LayerReport
-    from moezip.plan.packed import Packed
 
 GROUPS = (128, 64, 32)
 WORK = "quantize"
@@ -270,7 +271,6 @@ def others_bits(kind: str, bits: int, storage: StorageParams) -> int:
 def quantize_command(checkpoint: str, out: Path, job: QuantizeJob, common: Common) -> Outcome:
     """``moezip quantize``: choose widths, solve layer by layer, write, verify."""
     from moezip.pipeline.layerwise import Solved, job_digest
-    from moezip.plan.packed import LayerFiles, Packed
 
     clock = Clock()
     prepared = prepare_quantize(checkpoint, job, common)
@@ -292,7 +292,8 @@ def quantize_command(checkpoint: str, out: Path, job: QuantizeJob, common: Commo
     grids = {name: Grid.parse(text) for each in reports.values() for name, text in each.grids.items()}
     plan = replace(split.plan, made_by=made_by, packing={name: grids[name] for name in packing})
     packed = Packed(split, plan.packing, LayerFiles(folder))
-    report = write_packed(prepared, plan, packed, out, common, clock, list(notes_of(prepared, reports, left)))
+    notes = list(notes_of(prepared, reports, left))
+    report = write_packed(About(prepared.method.name, model), plan, packed, out, common, clock, notes)
     solved.clear()
     remove_if_empty(folder.parent)
     return Outcome(plan, report, reports)
@@ -352,6 +353,26 @@ def views(model: Opened) -> tuple[Source, Applied]:
     plain = decoded(model.source)
     plan = replace(Plan.identity(model.source.fingerprint, model.architecture.name, model.facts), mtp="drop")
     return plain, Applied(plain, plan, split=True)
+
+
+def apply_packed(model: Opened, plan: Plan, plan_file: Path, out: Path, common: Common, clock: Clock) -> Report:
+    """A saved plan with packed matrices: the codes are those of the checkpoint that the plan lies in.
+
+    Raises:
+        PlanError: the plan file lies in no checkpoint, or in one with other codes.
+    """
+    folder = plan_file.resolve().parent.parent
+    if plan_file.name != "plan.json" or not (folder / "config.json").is_file():
+        raise PlanError(
+            "the plan names grids, and the codes on them are in the checkpoint that it was written with",
+            where=plan_file,
+            next="name the moezip/plan.json inside that checkpoint",
+        )
+    split = Applied(decoded(model.source), plan, split=True)
+    with Checkpoint.open(folder) as values:
+        packed = Packed(split, plan.packing, values)
+        about = About(str(plan.made_by.get("method", "a saved plan")), model)
+        return write_packed(about, plan, packed, out, common, clock, [])
 
 
 def remove_if_empty(folder: Path) -> None:
@@ -433,11 +454,19 @@ def _solve(method: Method, params: Any, weight: Any, hessian: Any, grid: Grid) -
     return method.run(weight, hessian, grid, params)
 
 
+@dataclass(frozen=True, slots=True)
+class About:
+    """Whose codes are written."""
+
+    method: str
+    model: Opened
+
+
 def write_packed(
-    prepared: Prepared, plan: Plan, packed: Packed, out: Path, common: Common, clock: Clock, notes: Sequence[str]
+    about: About, plan: Plan, packed: Packed, out: Path, common: Common, clock: Clock, notes: Sequence[str]
 ) -> Report:
     """Writes the packed checkpoint; its report."""
-    source = prepared.model.source
+    source = about.model.source
     finished: list[Report] = []
     before = clock.seconds
 
@@ -449,15 +478,15 @@ def write_packed(
                 bytes_before=tensor_bytes(source),
                 bytes_after=tensor_bytes(packed),
                 bits_per_weight=bits_per_weight(packed),
-                experts_before=[fact.experts for fact in prepared.model.facts],
+                experts_before=[fact.experts for fact in about.model.facts],
                 experts_after=[len(layer.picks) for layer in plan.layers],
                 predicted_nats=None,
                 predicted_nats_reason="there is no price without gradients: use --allocate lp",
                 seconds=clock.seconds,
                 peak_rss_bytes=peak_rss_bytes(),
                 stages=stages,
-                method=prepared.method.name,
-                settings=plan.made_by["settings"],
+                method=about.method,
+                settings=plan.made_by.get("settings", {}),
                 source=str(source.folder),
                 statistics={each["name"]: each["tokens"] for each in plan.made_by.get("domains", [])},
                 stock=False,
@@ -472,7 +501,7 @@ def write_packed(
             packed,
             plan,
             out,
-            text=card_of(prepared, plan, packed),
+            text=card_of(about, plan, packed),
             report=report,
             command=common.command,
             overwrite=common.overwrite,
@@ -483,10 +512,10 @@ def write_packed(
     )  # fmt: skip
 
 
-def card_of(prepared: Prepared, plan: Plan, packed: Packed) -> str:
+def card_of(about: About, plan: Plan, packed: Packed) -> str:
     """The model card of a packed checkpoint."""
     lines = [
-        f"Made by moezip {__version__}, solver `{prepared.method.name}`: {len(plan.packing)} matrices are stored in "
+        f"Made by moezip {__version__}, solver `{about.method}`: {len(plan.packing)} matrices are stored in "
         f"{bits_per_weight(packed):.2f} bits per weight, scales and zeros counted. Which, and on what text they were "
         "solved, is in `moezip/plan.json`; sizes and timings are in `moezip/report.json`.",
         "",
@@ -498,7 +527,7 @@ def card_of(prepared: Prepared, plan: Plan, packed: Packed) -> str:
         'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
         "```",
     ]
-    return with_source_card(packed.folder, f"{prepared.model.architecture.name}, quantized", lines)
+    return with_source_card(packed.folder, f"{about.model.architecture.name}, quantized", lines)
 
 
 def bits_per_weight(packed: Packed) -> float:
