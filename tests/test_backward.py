@@ -26,7 +26,7 @@ from moezip.calibrate.experts import register
 from moezip.calibrate.kept import disk_bytes
 from moezip.calibrate.record import BY_NAME, GRADIENT_RECORDS
 from moezip.calibrate.run import calibrate
-from moezip.calibrate.stream import Stream
+from moezip.calibrate.stream import BASE_BYTES, Stream
 from moezip.calibrate.trace import Trace
 from moezip.checkpoint.reader import Checkpoint
 from moezip.errors import MoezipError
@@ -151,6 +151,23 @@ def test_sums_are_those_of_activations_and_gradients(name: str, tiny: Any, tmp_p
         squares = {"inner_square": u**2, "inner_grad_square": v**2, "inner_product_square": (u * v) ** 2}
         for key, value in squares.items():
             assert np.allclose(mine[key], np.nansum(value, 0), rtol=FLOAT32_SUM, atol=0), key
+
+
+def test_windows_that_outgrow_the_ceiling_are_told(tiny: Any, tmp_path: Path) -> None:
+    with Checkpoint.open(tiny("qwen3_moe")) as source:
+        layer = Stream(source).layer_bytes
+        # one token of float32: 16 widths (14 and one per expert) of 32 numbers, times four: 8 KiB. With nothing but the
+        # program and the layer, 128 MiB are left: 16384 tokens.
+        tight = Stream(source, max_memory=BASE_BYTES + layer)
+        with pytest.raises(MoezipError, match=r"takes about 128 MiB with gradients, .* leaves 128 MiB") as caught:
+            Backward(tight, rows_of(token_ids(1, 16_385)), tmp_path)
+        assert "a --seq-len of at most 16384" in str(caught.value.next)
+        # what just fits runs alone, what fits twice runs in twos
+        for width, beside in ((16_384, 1), (8_192, 2)):
+            tight.micro_rows = None
+            tight.run_side_by_side(4)
+            Backward(tight, rows_of(token_ids(1, width)), tmp_path)
+            assert (tight.side_by_side, tight.micro_rows) == (beside, 1)
 
 
 # -- the experts that were chosen ---------------------------------------------------------------------------

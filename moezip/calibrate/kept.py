@@ -46,7 +46,8 @@ class Standing:
     Attributes:
         half: ``forward`` or ``backward``.
         next_layer: the layer that this half runs next; one past the last where the forward half is done.
-        micro_rows: rows per micro-batch.
+        micro_rows, side_by_side: rows per micro-batch and how many of those ran at a time, which the last bits of sums
+            depend on.
         gradient: name of the file with the gradient of the output of ``next_layer``; empty in the forward half.
         losses, scored: by domain, of the loss, which is summed between the halves.
     """
@@ -54,6 +55,7 @@ class Standing:
     half: str = "forward"
     next_layer: int = 0
     micro_rows: int = 0
+    side_by_side: int = 1
     gradient: str = ""
     losses: Mapping[str, float] = field(default_factory=dict)
     scored: Mapping[str, int] = field(default_factory=dict)

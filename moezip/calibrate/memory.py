@@ -28,3 +28,15 @@ def steady() -> None:
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:
             mallopt(_M_MMAP_THRESHOLD, MAPPED_FROM)
+
+
+def give_back() -> None:
+    """Hands what the process has freed back to the system.
+
+    Gradients come in many small blocks from several threads, and what lies between two of them stays resident: 70 MB
+    after one layer of 64 experts (measured, 512 tokens, D 1024).
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

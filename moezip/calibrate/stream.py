@@ -128,9 +128,8 @@ class Stream:
         self._now = _Now()
         # Micro-batches run side by side, each on its share of the cores: a product split over all cores ends in a
         # barrier, and on a machine that does other work besides, barriers were seen to take nine tenths of the time.
-        cores = torch.get_num_threads()
-        self.side_by_side = min(cores, MAX_SIDE_BY_SIDE) if self.device.type == "cpu" else 1
-        self._pool = _threads(self.side_by_side, max(cores // self.side_by_side, 1))
+        self._cores = torch.get_num_threads()
+        self.run_side_by_side(min(self._cores, MAX_SIDE_BY_SIDE) if self.device.type == "cpu" else 1)
         self._run_layer = [layer.forward for layer in self.layers]
         for index, layer in enumerate(self.layers):
             layer.forward = self._stand_in(index)
@@ -197,10 +196,18 @@ class Stream:
         """Rows of ``width`` tokens per micro-batch."""
         if self.micro_rows:
             return self.micro_rows
+        return max(min(self.activation_bytes // self.side_by_side // self.token_bytes, MAX_MICRO_TOKENS) // width, 1)
+
+    @property
+    def token_bytes(self) -> int:
+        """What the temporaries of a layer take per token of a micro-batch, without gradients."""
         entry, config = self.skeleton.architecture, self.source.config
         widths = WIDTHS_PER_TOKEN + entry.integer(config, entry.top_k_key)
-        per_token = entry.integer(config, entry.hidden_key) * self.skeleton.dtype.itemsize * widths
-        return max(min(self.activation_bytes // self.side_by_side // per_token, MAX_MICRO_TOKENS) // width, 1)
+        return entry.integer(config, entry.hidden_key) * self.skeleton.dtype.itemsize * widths
+
+    def run_side_by_side(self, count: int) -> None:
+        """Runs ``count`` micro-batches at a time from now on, each on its share of the cores."""
+        self.side_by_side, self._pool = count, _threads(count, max(self._cores // count, 1))
 
     def steps(self, rows: Rows) -> list[tuple[int, int]]:
         """Micro-batches as row ranges; none crosses a domain.
