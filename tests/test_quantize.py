@@ -137,6 +137,15 @@ def test_with_uncorrelated_inputs_of_one_size_gptq_is_rounding(bits: int):
     assert found.error == pytest.approx(float((dequantize(found.codes) - weight).square().sum()), rel=CLOSE)
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_ranges_are_searched_for_the_columns_that_count(bits: int):
+    """Uncorrelated inputs: nothing is compensated, and what is left of the gain is that ranges suit large inputs."""
+    weight, _ = correlated()
+    hessian = torch.diag(torch.linspace(-3, 3, 128).view(4, 32).T.flatten().exp())
+    found = gptq(weight, hessian, Grid(bits, 32), GptqParams(damp=0.0, refine=0))
+    assert found.error < 0.95 * rtn(weight, hessian, Grid(bits, 32), RtnParams()).error
+
+
 def test_a_prepared_hessian_serves_several_matrices_and_stacked_ones_are_solved_apart():
     weight, hessian = correlated()
     ready, grid = factor(hessian, PLAIN), Grid(3, 32)
