@@ -403,6 +403,9 @@ def test_shrinkage_by_hand():
     mixed = shrunk(own, 3, pool, 10, prior=1)
     assert (mixed.basis, mixed.own, mixed.hessian.tolist()) == ("mixed", 0.75, [[2.5, 2.5], [2.5, 2.5]])
     assert own.tolist() == [[6.0, 6.0], [6.0, 6.0]]  # sums are left as they were
+    # the three tokens weigh 1.5 together: mean 6 / 1.5 = 4 = the pool's, and the share is still that of three
+    weighted = shrunk(own, 3, pool, 10, prior=1, mass=1.5)
+    assert (weighted.own, weighted.hessian.tolist()) == (0.75, [[4.0, 4.0], [4.0, 4.0]])
 
 
 @pytest.mark.parametrize(

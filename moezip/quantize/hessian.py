@@ -40,6 +40,8 @@ def shrunk(
     pooled_sums: torch.Tensor | None,
     pooled_count: float,
     prior: float,
+    *,
+    mass: float | None = None,
 ) -> Mixed:
     """H = (n H_own + k H_pool) / (n + k).
 
@@ -47,8 +49,11 @@ def shrunk(
         sums: sum of x x^T [C, C] over the ``count`` = n tokens of this matrix; None if there were none.
         pooled_sums: the same over the ``pooled_count`` tokens of the layer; None if nothing is pooled.
         prior: k in tokens, such as ``PRIOR * C``; 0 mixes nothing.
+        mass: sum of the weights of the tokens in ``sums``, where they have any (gates); default ``count``. The mean is
+            over the mass, and ``count`` stays the evidence that it is mixed by.
     """
-    own = None if sums is None or count <= 0 else sums.float() / count
+    mass = count if mass is None else mass
+    own = None if sums is None or count <= 0 or mass <= 0 else sums.float() / mass
     pool = None if pooled_sums is None or pooled_count <= 0 else pooled_sums.float() / pooled_count
     if own is None:
         return Mixed(None, "none", 0.0) if pool is None else Mixed(pool, "pooled", 0.0)
