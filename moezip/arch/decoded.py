@@ -13,7 +13,7 @@ from moezip.checkpoint.reader import TORCH_DTYPES
 from moezip.checkpoint.source import Source, TensorSpec
 from moezip.errors import ArchitectureError, CheckpointError
 from moezip.formats import compressed_tensors, fp8_block, gptq, mxfp4
-from moezip.formats.packed import PACKED
+from moezip.formats.packed import PACKED, Grid
 from moezip.formats.stored import CHUNK, Stored, fault
 
 if TYPE_CHECKING:
@@ -52,6 +52,17 @@ def decoded(source: Source) -> Source:
     return Decoded(source)
 
 
+def packed_grids(source: Source) -> dict[str, Grid]:
+    """The matrices that a checkpoint stores in the layout of ``moezip.formats.packed``, and their grids, by name.
+
+    Raises:
+        ArchitectureError: as of ``decoded``.
+    """
+    view = decoded(source)
+    stored = view.stored if isinstance(view, Decoded) else {}
+    return {name: each.grid for name, each in stored.items() if each.grid is not None}
+
+
 @final
 class Decoded:
     """A ``Source`` through which stored quantization looks like plain tensors.
@@ -78,6 +89,11 @@ class Decoded:
             if not found:
                 raise fault(source, f"config.json says {method}, but no tensor is stored that way")
             self._stored |= found
+
+    @property
+    def stored(self) -> Mapping[str, Stored]:
+        """What is stored as codes, by its name in plain form."""
+        return self._stored
 
     @property
     def folder(self) -> Path:

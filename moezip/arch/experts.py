@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from moezip.arch.decoded import Decoded, decoded
+from moezip.arch.decoded import Decoded, decoded, packed_grids
 from moezip.arch.layout import TRIPWIRE_DTYPE, TRIPWIRE_SHAPE, Layout, tripwire
 from moezip.arch.mone import Substitution, constant
 from moezip.arch.spec import Architecture, ExpertTensor, LayerFacts, RouterTensor
@@ -16,7 +16,7 @@ from moezip.errors import ArchitectureError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Decoded", "Expert", "check_shapes", "decoded", "plain_shape", "read_expert"]
+__all__ = ["Decoded", "Expert", "check_shapes", "decoded", "packed_grids", "plain_shape", "read_expert"]
 
 FLOATS = ("BF16", "F16", "F32", "F64")
 

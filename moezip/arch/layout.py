@@ -87,6 +87,11 @@ class Layout:
             raise _corrupt(f"quantization_config.{STORED} names no codes that moezip keeps")
         return cls(dict(sorted(widths.items())), stored)
 
+    @classmethod
+    def uniform(cls, facts: Sequence[LayerFacts]) -> Layout:
+        """The layout of a model whose experts are all alike."""
+        return cls({fact.layer: (fact.width,) * fact.experts for fact in facts})
+
     def to_config(self) -> dict[str, Any]:
         """The ``quantization_config`` that names this layout."""
         experts = {str(layer): list(row) for layer, row in sorted(self.widths.items())}

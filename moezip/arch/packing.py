@@ -123,7 +123,7 @@ def stored(source: Source) -> Iterator[Stored]:
                 raise _corrupt(f"says {grid} of {name}: {piece} should be {kind} {size} and is {found}")
         pieces = tuple(source.spec(stem(name) + suffix) for suffix in wanted)
         plain = TensorSpec(name, dtype, (rows, columns), pieces[0].file)
-        yield Stored(plain, pieces, _decoder(name, grid, dtype))
+        yield Stored(plain, pieces, _decoder(name, grid, dtype), grid)
 
 
 def _decoder(name: str, grid: Grid, dtype: str) -> Any:

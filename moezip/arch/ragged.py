@@ -82,10 +82,9 @@ class RaggedExperts(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.num_experts} experts, widths {min(self.widths)} to {max(self.widths)}"
 
-    def matrix(self, expert: int, role: str) -> Matrix:
-        """What holds the ``gate``, ``up`` or ``down`` matrix of an expert whose width is not 0."""
-        found: Matrix = getattr(getattr(self, str(expert)), self._names[role])
-        return found
+    def matrix(self, expert: int, role: str) -> Any:
+        """What holds the ``gate``, ``up`` or ``down`` matrix of an expert whose width is not 0: a ``Matrix``."""
+        return getattr(getattr(self, str(expert)), self._names[role])
 
     @property
     def down_proj_bias(self) -> list[torch.Tensor | None]:
@@ -132,7 +131,7 @@ class RaggedExperts(nn.Module):
         return result
 
     def expert_linear(self, name: str, expert: int, value: torch.Tensor) -> torch.Tensor:
-        """``value`` times an expert's ``gate_up_proj`` (gate channels, then up channels) or ``down_proj``, with bias."""
+        """``value`` times an expert's ``gate_up_proj`` (gate channels, then up) or ``down_proj``, with bias."""
         if not self.widths[expert]:  # products with empty matrices, which gradients pass through
             weight = value.new_empty((0, self.hidden_dim) if name == "gate_up_proj" else (self.hidden_dim, 0))
         elif name == "gate_up_proj":
@@ -173,13 +172,14 @@ class RaggedExperts(nn.Module):
             if not width:
                 continue
             gate, up, down = (self.matrix(expert, role) for role in ("gate", "up", "down"))
-            if gate.weight.is_meta or up.weight.is_meta or down.weight.is_meta:
+            plain = [matrix for matrix in (gate, up, down) if isinstance(matrix, Matrix)]
+            if any(matrix.weight.is_meta for matrix in plain):
                 continue
-            if not neighbours(gate.weight, up.weight):
+            if gate in plain and up in plain and not neighbours(gate.weight, up.weight):
                 both = torch.cat([gate.weight.data, up.weight.data])
                 for matrix, part in zip((gate, up), both.split(width), strict=True):
                     matrix.weight = nn.Parameter(part, requires_grad=matrix.weight.requires_grad)
-            if down.weight.data_ptr() % ALIGNED:
+            if down in plain and down.weight.data_ptr() % ALIGNED:
                 down.weight = nn.Parameter(down.weight.data.clone(), requires_grad=down.weight.requires_grad)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> RaggedExperts:
@@ -199,13 +199,21 @@ def neighbours(gate: torch.Tensor, up: torch.Tensor) -> bool:
     )
 
 
-def make_ragged(model: Any, architecture: Architecture, layout: Layout, *, wired: bool = False) -> None:
+def make_ragged(
+    model: Any,
+    architecture: Architecture,
+    layout: Layout,
+    *,
+    wired: bool = False,
+    kind: type[RaggedExperts] = RaggedExperts,
+) -> None:
     """Gives a model on the meta device the layout: experts modules replaced, routers cut to size.
 
     Args:
         model: of the source's config.
         layout: checked against the architecture (``Layout.facts``).
         wired: make a place for the tripwire.
+        kind: of experts module.
     """
     names: dict[str, str] = {}
     for tensor in architecture.split.experts:
@@ -215,7 +223,7 @@ def make_ragged(model: Any, architecture: Architecture, layout: Layout, *, wired
         stock = block.get_submodule(architecture.experts_module)
         old = stock.gate_up_proj
         hidden = old.shape[1 if stock.is_transposed else 2]
-        ragged = RaggedExperts(stock, widths, names, hidden, dtype=old.dtype, device=old.device)
+        ragged = kind(stock, widths, names, hidden, dtype=old.dtype, device=old.device)
         ragged.train(stock.training)
         setattr(block, architecture.experts_module, ragged)
         _resize_router(block, architecture, old.shape[0], len(widths))

@@ -42,11 +42,21 @@ def show_overview(name: str, seen: Overview) -> None:
             "parameters": f"{seen.parameters:,}, {seen.expert_parameters / seen.parameters:.0%} in experts, "
             f"{seen.active_parameters:,} used per token",
             "stored as": seen.dtype + (f" ({seen.quantization})" if seen.quantization else ""),
+            **_quantized(seen),
             "size": f"{console.size(seen.bytes)}, experts {console.size(seen.expert_bytes)}",
             "memory to stream": f"about {console.size(seen.largest_layer_bytes + 600 * 2**20)} and the hidden states",
             **{f"size with {what}": console.size(count) for what, count in list(seen.fits.items())[1:]},
         },
     )
+
+
+def _quantized(seen: Overview) -> dict[str, str]:
+    if seen.bits_per_weight is None:
+        return {}
+    share = f"{seen.quantized_parameters / seen.parameters:.0%} of the weights in {seen.bits_per_weight:.2f} bits each"
+    grids = ", ".join(f"{count} in {grid}" for grid, count in seen.grids.items())
+    packed = f"; matrices: {grids}" if grids else ""
+    return {"quantized": f"{share}, scales and zeros counted{packed}"}
 
 
 def method_facts(method: Method) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from moezip.errors import CheckpointError, MoezipError
 MANIFEST = "moezip/manifest.json"
 UNLISTED = (MANIFEST, "moezip/report.json")  # the manifest cannot hold its own digest; the report holds timings
 SCALES = ("_scale", "_scale_inv", "_scales")
+POWERS = "_scales"
 SHOWN = 8
 
 
@@ -57,7 +58,8 @@ def verify(folder: str | os.PathLike[str], *, digests: Mapping[str, str] | None 
         folder: the checkpoint.
         digests: relative path -> SHA-256 taken while the files were written, compared with the manifest instead of
             reading the files again.
-        deep: read everything: every float finite, every checksum taken from the disk.
+        deep: read everything: every float finite, packed codes unpacked and packed again, every checksum taken from
+            the disk.
     """
     root = Path(folder)
     findings = list(_checksums(root, digests, deep))
@@ -69,6 +71,8 @@ def verify(folder: str | os.PathLike[str], *, digests: Mapping[str, str] | None 
         findings += _total_size(checkpoint)
         findings += _model(checkpoint)
         findings += _finite(checkpoint, deep)
+        if deep:
+            findings += _codes(checkpoint)
     return findings
 
 
@@ -99,12 +103,34 @@ def _finite(checkpoint: Checkpoint, deep: bool) -> Iterator[Finding]:
         is_scale = name.endswith(SCALES)
         if deep or is_scale:
             # mxfp4 stores its powers of two as plain bytes, with the NaN of e8m0.
-            dtype = "F8_E8M0" if is_scale and spec.dtype == "U8" else spec.dtype
+            dtype = "F8_E8M0" if name.endswith(POWERS) and spec.dtype == "U8" else spec.dtype
             try:
                 if not all_finite(dtype, checkpoint.chunks(name)):
                     yield Finding("holds NaN or infinity", name)
             except MoezipError as error:
                 yield Finding(error.what, name)
+
+
+def _codes(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Packed matrices whose codes, unpacked and packed again, are not the stored ones."""
+    from moezip.arch.experts import packed_grids
+    from moezip.formats.packed import decode, encode
+
+    try:
+        grids = packed_grids(checkpoint)
+    except MoezipError:  # found and told by the model's own check
+        return
+    for name, grid in grids.items():
+        stem = name.removesuffix("weight")
+        try:
+            tensors = {suffix: checkpoint.read(stem + suffix) for suffix in grid.specs(1, grid.group or 1)}
+            again = encode(decode(tensors, grid))
+        except MoezipError as error:
+            yield Finding(error.what, name)
+            continue
+        for suffix, tensor in tensors.items():
+            if not tensor.equal(again[suffix]):
+                yield Finding(f"its {suffix} is not what its codes are stored as", name)
 
 
 # -- checksums ----------------------------------------------------------------------------------------------

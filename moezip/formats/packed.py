@@ -37,6 +37,7 @@ PACKED, SCALE, ZERO, SHAPE = "weight_packed", "weight_scale", "weight_zero_point
 STEP = "weight_scale_step"
 SCALE_DTYPES = ("F16", "BF16", "F32")
 LARGEST_SCALE_CODE = 255
+_AGAIN = "download the checkpoint again, or make it again"
 # Below 2**-16 the fixed steps of F16's smallest numbers (2**-24) are coarser than BF16's relative ones (2**-8).
 F16_RANGE = (2.0**-16, 65504.0)
 _TEXT = re.compile(r"int(?P<bits>\d+)-g(?P<group>\d+)(?P<sym>-sym)?(?P<scale>-bf16|-f32)?(?P<double>-double)?\Z")
@@ -295,21 +296,33 @@ def decode(tensors: Mapping[str, torch.Tensor], grid: Grid, where: object = None
         where: what the tensors are, for messages.
 
     Raises:
+        CheckpointError: as ``check``.
+    """
+    check(tensors, grid, where)
+    return unpacked(tensors, grid)
+
+
+def check(tensors: Mapping[str, torch.Tensor], grid: Grid, where: object = None) -> None:
+    """Finds what is wrong with stored tensors; of the codes only the last word of a row is looked at.
+
+    Args:
+        tensors, where: as of ``decode``.
+
+    Raises:
         CheckpointError: a tensor is missing, too many, of another dtype or shape; the stored shape is not theirs; bits
             behind the last code are set; or a scale is not a positive number.
     """
-    again = "download the checkpoint again, or make it again"
     if SHAPE not in tensors or tensors[SHAPE].shape != (2,):
-        raise CheckpointError(f"there is no {SHAPE} of two numbers", where=where, next=again)
+        raise CheckpointError(f"there is no {SHAPE} of two numbers", where=where, next=_AGAIN)
     rows, columns = (int(size) for size in tensors[SHAPE])
     if min(rows, columns) < 1 or (grid.group and columns % grid.group):
-        raise CheckpointError(f"no matrix on the grid {grid} is {rows} x {columns}", where=where, next=again)
+        raise CheckpointError(f"no matrix on the grid {grid} is {rows} x {columns}", where=where, next=_AGAIN)
     wanted = grid.specs(rows, columns)
     if set(wanted) != set(tensors):
         raise CheckpointError(
             f"the grid {grid} is stored as {', '.join(sorted(wanted))}; there is {', '.join(sorted(tensors))}",
             where=where,
-            next=again,
+            next=_AGAIN,
         )
     for suffix, (dtype, shape) in wanted.items():
         found = tensors[suffix]
@@ -318,18 +331,29 @@ def decode(tensors: Mapping[str, torch.Tensor], grid: Grid, where: object = None
                 f"{suffix} is {found.dtype} {list(found.shape)}; {rows} x {columns} weights on the grid {grid} are "
                 f"stored as {dtype} {list(shape)}",
                 where=where,
-                next=again,
+                next=_AGAIN,
             )
-    steps = tensors.get(STEP)
-    for stored in (tensors[SCALE], steps):
+    for stored in (tensors[SCALE], tensors.get(STEP)):
         if stored is not None:
-            require_scales(stored, "a stored scale is not a positive number", again, where)
-    try:
-        codes = unpack(tensors[PACKED], grid.bits, columns)
-        zeros = None if grid.symmetric else unpack(tensors[ZERO].t().contiguous(), grid.bits, rows).t().contiguous()
-    except CheckpointError as error:
-        raise CheckpointError(error.what, where=where, next=error.next) from None
-    return Codes(grid, codes, grid._unstored(tensors[SCALE], steps), zeros)
+            require_scales(stored, "a stored scale is not a positive number", _AGAIN, where)
+    _require_clear(tensors[PACKED][:, -1], grid.bits, columns, where)
+    if not grid.symmetric:
+        _require_clear(tensors[ZERO][-1], grid.bits, rows, where)
+
+
+def unpacked(tensors: Mapping[str, torch.Tensor], grid: Grid) -> Codes:
+    """The codes behind stored tensors that ``check`` found right."""
+    rows, columns = (int(size) for size in tensors[SHAPE])
+    codes = unpack(tensors[PACKED], grid.bits, columns)
+    zeros = None if grid.symmetric else unpack(tensors[ZERO].t().contiguous(), grid.bits, rows).t().contiguous()
+    return Codes(grid, codes, grid._unstored(tensors[SCALE], tensors.get(STEP)), zeros)
+
+
+def _require_clear(last: torch.Tensor, bits: int, count: int, where: object) -> None:
+    """Raises CheckpointError if the last words int32 of runs of ``count`` codes have bits set behind the last code."""
+    used = count * bits % WORD
+    if used and bool((last >> used & ((1 << (WORD - used)) - 1)).any()):
+        raise CheckpointError(f"bits behind the last of {count} codes are set", where=where, next=_AGAIN)
 
 
 def dequantize(codes: Codes, dtype: torch.dtype | None = None, order: torch.Tensor | None = None) -> torch.Tensor:

@@ -66,7 +66,8 @@ def matrix(source: Source, stem: str, grid: Grid, names: Container[str]) -> Stor
         pieces.append(order)
     plain = TensorSpec(f"{stem}weight", plain_dtype(source.config, grid.scale), (rows, columns), packed.file)
     ordered = stem + ORDER in names
-    return Stored(plain, tuple(pieces), partial(_rows, stem=stem, grid=grid, plain=plain, ordered=ordered))
+    read = partial(_rows, stem=stem, grid=grid, plain=plain, ordered=ordered)
+    return Stored(plain, tuple(pieces), read, None if ordered else grid)
 
 
 def _rows(

@@ -12,6 +12,8 @@ from moezip.errors import ArchitectureError
 if TYPE_CHECKING:
     import torch
 
+    from moezip.formats.packed import Grid
+
 CHUNK = 16 << 20  # bytes of decoded float32 held at a time
 PLAIN = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
@@ -25,11 +27,13 @@ class Stored:
         pieces: the stored tensors, all of one file or not; the plain one stands in the place of the first.
         decode: ``decode(source, rows)`` yields (first row, decoded rows) until ``rows`` of the plain tensor are done,
             in pieces of about ``CHUNK`` bytes.
+        grid: of the codes, where the pieces are those of ``moezip.formats.packed`` and no others.
     """
 
     plain: TensorSpec
     pieces: tuple[TensorSpec, ...]
     decode: Callable[[Source, range], Iterator[tuple[int, torch.Tensor]]]
+    grid: Grid | None = None
 
 
 def fault(source: Source, what: str) -> ArchitectureError:

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from moezip.arch.experts import decoded
+from moezip.arch.experts import Decoded, decoded
 from moezip.arch.families import identify
 from moezip.arch.layout import tripwire_of
 from moezip.arch.mone import Substitution
@@ -24,6 +24,8 @@ class Overview:
         parameters, expert_parameters: weights, whatever they are stored in (scales not counted).
         bytes, expert_bytes: as stored. largest_layer_bytes: of one decoder layer, decoded: what streaming holds.
         dtype: of most bytes.
+        quantized_parameters: those stored as codes. bits_per_weight: that each of them takes, scales, zeros and padding
+            counted; None where there are none. grids: how many matrices are packed on each grid, widest first.
         fits: bytes by what could be done: experts at half their number, weights at fewer bits.
     """
 
@@ -45,6 +47,9 @@ class Overview:
     largest_layer_bytes: int
     dtype: str
     quantization: str | None
+    quantized_parameters: int
+    bits_per_weight: float | None
+    grids: dict[str, int]
     routed: int | None
     fits: dict[str, int]
 
@@ -78,6 +83,10 @@ def overview(source: Source) -> Overview:
     expert_bytes = sum(spec.bytes for spec in stored if kinds[spec.name] in ("expert", "fused"))
     parameters, in_experts = sum(sizes.values()), sizes["experts"]
     share = facts[0].top_k / facts[0].experts
+    coded = list(plain.stored.values()) if isinstance(plain, Decoded) else []
+    weights = sum(each.plain.elements for each in coded)
+    codes = sum(piece.bytes for each in coded for piece in each.pieces)
+    grids = sorted((each.grid for each in coded if each.grid is not None), key=lambda grid: (-grid.bits, str(grid)))
     return Overview(
         architecture=str((config.get("architectures") or [entry.name])[0]),
         model_type=entry.name,
@@ -97,6 +106,9 @@ def overview(source: Source) -> Overview:
         largest_layer_bytes=max(layer_sizes.values(), default=0),
         dtype=bytes_by_dtype.most_common(1)[0][0] if bytes_by_dtype else "",
         quantization=(config.get("quantization_config") or {}).get("quant_method"),
+        quantized_parameters=weights,
+        bits_per_weight=8 * codes / weights if weights else None,
+        grids=dict(Counter(map(str, grids))),
         routed=facts[0].experts if dropped else None,
         fits={
             "as it is": total,

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moezip.arch.layout import Layout
+from moezip.arch.layout import METHOD, Layout, own_format
 from moezip.arch.mone import Substitution
 from moezip.checkpoint.reader import Checkpoint
+from moezip.checkpoint.source import Source
 from moezip.errors import UsageError
+from moezip.formats import compressed_tensors
 from moezip.runtime.tasks import load_for_task, whole
 
 if TYPE_CHECKING:
     import torch
 
     from moezip.runtime.patterns import Patterns
+
+log = logging.getLogger("moezip")
 
 
 def load(
@@ -29,6 +33,9 @@ def load(
     dtype: torch.dtype | None = None,
 ) -> Any:
     """A transformers model, each parameter read once, straight into its place.
+
+    Packed codes stay packed: those of moezip's own format, and those that compressed-tensors wrote, whose package is
+    not needed.
 
     With ``patterns`` (made by `moezip tasks build`) only the experts of one task are read: of the task that ``task``
     names, or of the one nearest to ``prompt``; see ``moezip.runtime.tasks.load_for_task``.
@@ -54,16 +61,36 @@ def load(
             from moezip.calibrate.experts import register
 
             return whole(source, device=device, dtype=dtype, experts_implementation=register())
-        if Layout.of(source.config) is None:
+        if Layout.of(source.config) is None and not _stays_packed(source):
             return whole(source, device=device, dtype=dtype)
-    return ragged(source.folder, device=device, dtype=dtype)
+    return by_transformers(source, device=device, dtype=dtype)
 
 
-def ragged(folder: Path, *, device: str, dtype: torch.dtype | None) -> Any:
-    """A checkpoint whose layers or experts differ, by way of transformers, so that it can be saved again."""
-    from transformers import AutoModelForCausalLM
+def _stays_packed(source: Source) -> bool:
+    """Whether the codes of a checkpoint that compressed-tensors wrote can be run as they are.
+
+    Those whose groups are no runs of neighbours are decoded, which is logged.
+    """
+    if (source.config.get("quantization_config") or {}).get("quant_method") != compressed_tensors.METHOD:
+        return False
+    stored = list(compressed_tensors.stored(source))
+    if all(each.grid is not None for each in stored):
+        return True
+    log.warning("%s: its columns are stored in an order of their own, so it is decoded as it is loaded", source.folder)
+    return False
+
+
+def by_transformers(source: Source, *, device: str, dtype: torch.dtype | None) -> Any:
+    """A checkpoint whose layers or experts differ or are packed, loaded so that it can be saved again."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from moezip.runtime.hook import install
+    from moezip.runtime.quantizer import FOREIGN
 
     install()
-    return AutoModelForCausalLM.from_pretrained(folder, device_map=device, dtype=dtype or "auto").eval()
+    config = AutoConfig.from_pretrained(source.folder)
+    if not own_format(source.config):
+        config.quantization_config = {"quant_method": METHOD, FOREIGN: source.config["quantization_config"]}
+    return AutoModelForCausalLM.from_pretrained(
+        source.folder, config=config, device_map=device, dtype=dtype or "auto"
+    ).eval()

@@ -1,7 +1,8 @@
 """moezip's checkpoint format as a quantization method of transformers.
 
 That is what the library calls the place where a loader may change the modules of an empty model before weights are
-read, which is all that ragged checkpoints need. Imported by ``moezip.runtime.hook``, once transformers is there.
+read, which is all that ragged and packed checkpoints need. Imported by ``moezip.runtime.hook``, once transformers is
+there.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moezip.arch.layout import METHOD, STORED, Layout
+from moezip.arch.packing import packing_of
 from moezip.errors import ArchitectureError, CheckpointError
 
 if TYPE_CHECKING:
@@ -38,15 +40,24 @@ class DecodeBlocks(ConversionOps):
         return {about["full_layer_name"]: weight if factors is None else decode(weight, factors, self.block)}
 
 
+# Key of a config that ``moezip.load`` makes for packed checkpoints of others: the one that they came with.
+FOREIGN = "foreign"
+
+
 class MoezipConfig(QuantizationConfigMixin):
-    """The ``quantization_config`` of a checkpoint, as it is (see ``moezip.arch.layout``)."""
+    """The ``quantization_config`` of a checkpoint, as it is: ``moezip.arch.layout``, ``moezip.arch.packing``."""
 
     def __init__(self, **given: Any):
         self.__dict__.update(given, quant_method=METHOD)
 
+    def to_dict(self) -> dict[str, Any]:
+        """What is beside the weights, and is saved beside them again."""
+        foreign = self.__dict__.get(FOREIGN)
+        return dict(super().to_dict() if foreign is None else foreign)
+
 
 class MoezipQuantizer(HfQuantizer):
-    """Loads ragged checkpoints: replaces experts modules and sizes routers, checks the files first."""
+    """Loads ragged and packed checkpoints: makes room for them in the model, checks the files before and after."""
 
     requires_calibration = True  # it reads checkpoints and makes none
     _dtype: torch.dtype
@@ -64,29 +75,37 @@ class MoezipQuantizer(HfQuantizer):
             CheckpointError: there are no files to check, or they are damaged.
             ArchitectureError: files and layout disagree.
         """
-        from moezip.arch.experts import check_shapes
+        import torch
+
+        from moezip.arch.experts import check_shapes, decoded, packed_grids
         from moezip.arch.families import identify
-        from moezip.arch.ragged import make_ragged
+        from moezip.arch.ragged import RaggedExperts, make_ragged
         from moezip.arch.skeleton import target_dtypes
         from moezip.calibrate.experts import register as register_experts
         from moezip.checkpoint.reader import Checkpoint
+        from moezip.runtime.linear import PackedExperts
+        from moezip.runtime.packing import make_packed, require_filled
 
         if not checkpoint_files:
             raise CheckpointError(
                 "a checkpoint of moezip's format is loaded from its files", next="give from_pretrained a folder"
             )
         # a tensor that is missing would be filled with random numbers, with no more than a warning
-        with Checkpoint.open(Path(checkpoint_files[0]).parent) as checkpoint:
-            config = checkpoint.config
+        with torch.device("cpu"), Checkpoint.open(Path(checkpoint_files[0]).parent) as checkpoint:  # else it is "meta"
+            config, given = checkpoint.config, self.quantization_config.to_dict()
             entry = identify(config, checkpoint.folder)
-            layout = Layout.of(config)
-            if layout is None or layout != Layout.of({"quantization_config": self.quantization_config.to_dict()}):
+            layout, grids = Layout.of(config), packed_grids(checkpoint)
+            if not _same(config.get("quantization_config"), given):
                 raise ArchitectureError(
                     "the quantization_config in use is not the one beside the weights", where=checkpoint.folder,
                     next="load the folder with the config.json that came with the weights",
                 )  # fmt: skip
             check_shapes(checkpoint, entry)
-        make_ragged(model, entry, layout, wired=True)
+            wired, kind = layout is not None, PackedExperts if grids else RaggedExperts
+            make_ragged(model, entry, layout or Layout.uniform(entry.layer_facts(config)), wired=wired, kind=kind)
+            if grids:
+                make_packed(model, entry, decoded(checkpoint), grids)
+                require_filled(model, entry, checkpoint)
         self._dtypes = target_dtypes(model, self._dtype)
         if model.config._experts_implementation != "eager":
             model.config._experts_implementation = register_experts()
@@ -108,6 +127,7 @@ class MoezipQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         from moezip.arch.ragged import RaggedExperts
+        from moezip.runtime.packing import packed_modules
 
         # up to 5.20 transformers leaves what a quantizer loads under another name in the dtype of the file
         for name, tensor in model.state_dict().items():
@@ -122,6 +142,8 @@ class MoezipQuantizer(HfQuantizer):
                         next="choose a device_map that keeps every layer on a device, such as device_map=\"cpu\"",
                     )  # fmt: skip
                 module.join()
+        for name, packed in packed_modules(model):
+            packed.require_sound(name)
         return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
@@ -135,6 +157,16 @@ class MoezipQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _same(beside: Any, given: dict[str, Any]) -> bool:
+    """Whether the config in use tells the layers and codes that the one beside the weights does."""
+    if not isinstance(beside, dict) or beside.get("quant_method") != given.get("quant_method"):
+        return False
+    if given["quant_method"] != METHOD:
+        return beside == given
+    configs = [{"quantization_config": each} for each in (beside, given)]
+    return Layout.of(configs[0]) == Layout.of(configs[1]) and packing_of(configs[0]) == packing_of(configs[1])
 
 
 def register() -> None:
