@@ -326,6 +326,10 @@ def quantize(
         typer.Option("--group-size", help="Weights that share a scale. Default the largest of 128, 64, 32 that fits."),
     ] = None,
     data: Data = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option("--plan", help="Quantize what this plan makes of CKPT (`moezip prune ... --plan-only`)."),
+    ] = None,
     settings: Set = None,
     tokens: Tokens = 65_536,
     seq_len: SeqLen = None,
@@ -343,9 +347,15 @@ def quantize(
     """Stores weights in 1 to 8 bits, layer by layer, each layer making up for what rounding did before it."""
     from moezip.calibrate.data import domains_of
     from moezip.pipeline.quantize import QuantizeJob, estimate_quantize, quantize_command
+    from moezip.plan.plan import Plan
 
     job = QuantizeJob(
-        bits, solver, group=group, settings=settings_of(settings), texts=domains_of(data, tokens) if data else ()
+        bits,
+        solver,
+        group=group,
+        settings=settings_of(settings),
+        texts=domains_of(data, tokens) if data else (),
+        plan=None if plan is None else Plan.load(plan),
     )
     with console.watching(quiet) as watch:
         common = _common(

@@ -5,12 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from moezip import demo
+from moezip.calibrate.data import DomainText
+from moezip.errors import RecipeError
+from moezip.pipeline.batch import run_recipe
+from moezip.pipeline.common import Common
+from moezip.pipeline.quantize import QuantizeJob, quantize_command
+from moezip.plan.plan import Plan
+from moezip.recipe import load
 from tests.command import Cli, process, tree, write_text
 
 TOKENS = 256
@@ -305,3 +314,57 @@ def test_the_demo_keeps_its_promise(tmp_path: Path) -> None:
     assert f"{chosen['python']:+.3f}" in again.out and f"{chance['python']:+.3f}" in again.out
     assert process("verify", tmp_path / "made/easy-ep").code == 0
     assert json.loads((tmp_path / "made/easy-ep/config.json").read_text())["num_experts"] == 8
+
+
+# -- quantize steps -----------------------------------------------------------------------------------------
+
+
+def test_a_pruned_model_is_quantized_without_being_written_in_between(tmp_path: Path) -> None:
+    """The output of prune and quantize in one job is that of the two commands with a plan between them."""
+    out = tmp_path / "out"
+    text = f"""
+version: 1
+model: demo
+output: {out}
+seq_len: 64
+calibration:
+  python: {{data: "demo:calib/python.jsonl", tokens: 512}}
+jobs:
+  both:
+    steps:
+      - prune: {{method: frequency, keep: 4}}
+      - quantize: {{bits: 3, settings: {{attention: 8}}}}
+"""
+    (tmp_path / "recipe.yaml").write_text(text)
+    [result] = run_recipe(load(tmp_path / "recipe.yaml"), Common())
+    assert result.report is not None and result.report["experts_after"] == [4] * 4
+    plan = Plan.load(out / "both" / "moezip" / "plan.json")
+    assert {grid.bits for name, grid in plan.packing.items() if ".experts." in name} == {3}
+    assert {grid.bits for name, grid in plan.packing.items() if ".self_attn." in name} == {8}
+    assert len(plan.packing) == 4 * (4 * 3 + 4)
+    (tmp_path / "plan.json").write_text(replace(plan, packing={}).to_json())
+    job = QuantizeJob(
+        3, settings={"attention": "8"}, texts=[DomainText("python", (demo.data("calib") / "python.jsonl",), 512)],
+        plan=Plan.load(tmp_path / "plan.json"),
+    )  # fmt: skip
+    quantize_command("demo", tmp_path / "alone", job, Common(seq_len=64))
+    for file in (out / "both").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "alone" / file.name).read_bytes()
+    again = run_recipe(load(tmp_path / "recipe.yaml"), Common())
+    assert [each.skipped for each in again] == [True]
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        "[{quantize: {bits: 4, solver: rtn}}, {prune: {method: random, keep: 4}}]",
+        "[{quantize: {bits: 4, solver: rtn}}, {quantize: {bits: 3, solver: rtn}}]",
+        '[{prune: {method: random, keep: 4}}, {evaluate: {data: "demo:heldout"}}, {quantize: {bits: 4, solver: rtn}}]',
+    ],
+)
+def test_a_job_quantizes_once_and_right_behind_its_prune(steps: str, tmp_path: Path) -> None:
+    text = f"version: 1\nmodel: demo\noutput: {tmp_path / 'o'}\njobs:\n  a: {{steps: {steps}}}\n"
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(RecipeError, match="quantize once"):
+        run_recipe(load(tmp_path / "r.yaml"), Common())
+    assert not (tmp_path / "o").exists()

@@ -54,7 +54,7 @@ def refusal(path: Path, overrides: dict[str, str] | None = None) -> RecipeError:
 def test_the_shipped_recipe_reads():
     recipe = load(demo.recipe())
     assert recipe.model == str(demo.checkpoint())
-    assert list(recipe.jobs) == ["easy-ep", "random"]
+    assert list(recipe.jobs) == ["easy-ep", "random", "int4", "easy-ep-int4"]
     prune, evaluate = (step.action for step in recipe.jobs["easy-ep"].steps)
     assert isinstance(prune, Prune) and prune.ratio == 0.5 and prune.calibration == ("python",)
     assert isinstance(evaluate, Evaluate) and evaluate.data == (demo.data("heldout"),)

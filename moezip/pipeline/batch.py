@@ -11,24 +11,27 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moezip import __version__
+from moezip.calibrate.data import DomainText
 from moezip.errors import RecipeError
 from moezip.pipeline.calibrate import run_calibration
 from moezip.pipeline.common import Clock, Common, Opened, opened
 from moezip.pipeline.evaluate import evaluate_command
 from moezip.pipeline.probes import probing
 from moezip.pipeline.prune import PruneJob, counted, make_plan, own_names, prepare_prune, write_plan
+from moezip.pipeline.quantize import QuantizeJob, prepare_quantize, quantize_command
 from moezip.progress import Progress, Watch
 from moezip.recipe import Recipe, dump
 from moezip.registry import parse_params
 
 if TYPE_CHECKING:
     from moezip.calibrate.statistics import Statistics
-    from moezip.recipe.shape import Evaluate, Job, Prune
+    from moezip.plan.plan import Plan
+    from moezip.recipe.shape import Evaluate, Job, Prune, Quantize
     from moezip.registry import Method
 
 
@@ -120,7 +123,6 @@ class Batch:
 
     def calibrate(self, names: list[str]) -> None:
         """Loads saved statistics and takes the missing ones, all in one pass."""
-        from moezip.calibrate.data import DomainText
         from moezip.calibrate.statistics import Statistics
 
         state, missing = self.state(), []
@@ -179,6 +181,9 @@ class Batch:
         for step in job.steps:
             if step.evaluate is not None:
                 parts += self._contents((*step.evaluate.data, *step.evaluate.tasks))
+            if step.quantize is not None:
+                for each in step.quantize.calibration or self.recipe.calibration:
+                    parts += self._contents(self.recipe.calibration[each].data)
         parts.append(job.model_dump_json())
         return _digest(parts)
 
@@ -194,6 +199,7 @@ class Batch:
 
     def check(self, name: str) -> None:
         """Raises what can be known of a job's failure before anything is computed."""
+        self._check_order(name)
         prunes = [step.prune for step in self.recipe.jobs[name].steps if step.prune is not None]
         if len(prunes) > 1:
             raise RecipeError(
@@ -202,6 +208,25 @@ class Batch:
             )  # fmt: skip
         for step in prunes:
             prepare_prune(self.recipe.model, self._prune_job(step), self.common)
+        for quantize in (step.quantize for step in self.recipe.jobs[name].steps if step.quantize is not None):
+            prepare_quantize(self.recipe.model, self._quantize_job(quantize, None), self.common)
+
+    def quantizes(self, name: str) -> bool:
+        """Whether the job ends in packed weights."""
+        return any(step.quantize is not None for step in self.recipe.jobs[name].steps)
+
+    def _check_order(self, name: str) -> None:
+        """Raises RecipeError unless a job's quantize is one, behind its prune, with nothing measured in between."""
+        verbs = [step.verb for step in self.recipe.jobs[name].steps if step.verb != "calibrate"]
+        if "quantize" not in verbs:
+            return
+        before, behind = verbs[: verbs.index("quantize")], verbs[verbs.index("quantize") + 1 :]
+        if {"prune", "quantize"} & set(behind) or ("prune" in before and before[-1] != "prune"):
+            raise RecipeError(
+                f"the job's steps are {', '.join(verbs)}; it may quantize once, right behind its prune if it has one",
+                where=f"jobs.{name}",
+                next="write one job per output",
+            )
 
     def run(self, name: str) -> JobResult:
         """One job, from its first step to its last, or its saved results if it was finished before."""
@@ -212,10 +237,16 @@ class Batch:
         out: Path | None = None
         report: dict[str, Any] | None = None
         evaluations: list[dict[str, Any]] = []
+        plan: Plan | None = None
         for step in self.recipe.jobs[name].steps:
             if step.prune is not None:
+                plan = self._plan(step.prune)
+                if not self.quantizes(name):
+                    out = self.folder / name
+                    report = self._prune(step.prune, plan, out, common)
+            if step.quantize is not None:
                 out = self.folder / name
-                report = self._prune(step.prune, out, common)
+                report = self._quantize(step.quantize, plan, out, common)
             if step.evaluate is not None:
                 evaluations.append(self._evaluate(step.evaluate, str(out or self.recipe.model), common))
         record = {"out": None if out is None else str(out), "report": report, "evaluations": evaluations}
@@ -227,18 +258,32 @@ class Batch:
         weights = {name: self.recipe.calibration[name].weight for name in self.needed(step)}
         return PruneJob(step.method, step.keep, step.ratio, _texts(step.settings), weights=weights)
 
-    def _prune(self, step: Prune, out: Path, common: Common) -> dict[str, Any]:
-        from dataclasses import asdict
-
-        clock, job = Clock(), self._prune_job(step)
-        prepared = prepare_prune(self.recipe.model, job, common)
+    def _statistics(self, step: Prune) -> Statistics | None:
         stats: Statistics | None = None
         for name in self.needed(step):
             stats = self.statistics[name] if stats is None else stats + self.statistics[name]
-        plan = make_plan(prepared, job, stats, common)
+        return stats
+
+    def _plan(self, step: Prune) -> Plan:
+        job = self._prune_job(step)
+        prepared = prepare_prune(self.recipe.model, job, self.common)
+        return make_plan(prepared, job, self._statistics(step), self.common)
+
+    def _prune(self, step: Prune, plan: Plan, out: Path, common: Common) -> dict[str, Any]:
         # what stands there is of an unfinished or a changed job of this very recipe
         common = replace(common, overwrite=True)
-        return asdict(write_plan(prepared.model.source, plan, out, common, clock, stats))
+        return asdict(write_plan(self.model.source, plan, out, common, Clock(), self._statistics(step)))
+
+    def _quantize_job(self, step: Quantize, plan: Plan | None) -> QuantizeJob:
+        names = self.recipe.calibration if step.calibration is None else step.calibration
+        entries = {name: self.recipe.calibration[name] for name in names}
+        texts = [DomainText(name, entry.data, entry.tokens) for name, entry in entries.items()]
+        settings = _texts(step.settings)
+        return QuantizeJob(step.bits, step.solver, group=step.group_size, settings=settings, texts=texts, plan=plan)
+
+    def _quantize(self, step: Quantize, plan: Plan | None, out: Path, common: Common) -> dict[str, Any]:
+        common = replace(common, overwrite=True)
+        return asdict(quantize_command(self.recipe.model, out, self._quantize_job(step, plan), common).report)
 
     def _evaluate(self, step: Evaluate, checkpoint: str, common: Common) -> dict[str, Any]:
         against = self.recipe.model if step.against == "source" else step.against

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -26,8 +25,8 @@ from moezip.plan.apply import Applied
 from moezip.plan.packed import LayerFiles, Packed
 from moezip.plan.plan import Plan
 from moezip.progress import Progress
-from moezip.quantize.settings import UNPACKED, StorageParams
-from moezip.registry import Method, lookup, parse_params
+from moezip.quantize.settings import UNPACKED, StorageParams, split_settings
+from moezip.registry import Method, lookup
 from moezip.report.report import Report, peak_rss_bytes
 
 if TYPE_CHECKING:
@@ -48,6 +47,7 @@ class QuantizeJob:
             largest that fits.
         settings: ``--set`` texts, of the storage and of the solver.
         texts: calibration text by domain, if the solver needs it.
+        plan: quantize what this plan makes of the checkpoint; None for the checkpoint itself.
     """
 
     bits: float
@@ -56,6 +56,7 @@ class QuantizeJob:
     group: int | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
     texts: Sequence[DomainText] = ()
+    plan: Plan | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,19 +134,6 @@ def prepare_quantize(checkpoint: str, job: QuantizeJob, common: Common) -> Prepa
         )
     require_files(job.texts)
     return Prepared(model, method, params, storage, group_size(model.facts, job.group))
-
-
-def split_settings(method: Method, settings: Mapping[str, str]) -> tuple[Any, StorageParams]:
-    """``--set`` texts as the solver's knobs and the storage's. Raises UsageError for a key of neither."""
-    stored = {f.name for f in dataclasses.fields(StorageParams)}
-    own = {f.name for f in dataclasses.fields(method.params)}
-    for key in settings:
-        lookup(key, dict.fromkeys(stored | own), f"setting of quantize --solver {method.name}")
-    storage = replace(method, params=StorageParams)
-    return (
-        parse_params(method, {key: text for key, text in settings.items() if key in own}),
-        parse_params(storage, {key: text for key, text in settings.items() if key in stored}),
-    )
 
 
 def group_size(facts: Sequence[LayerFacts], asked: int | None) -> int:
@@ -276,14 +264,14 @@ def quantize_command(checkpoint: str, out: Path, job: QuantizeJob, common: Commo
     prepared = prepare_quantize(checkpoint, job, common)
     model = prepared.model
     refuse_output(out, model.source.folder, common)
-    plain, split = views(model)
+    plain, split = views(model, job.plan)
     with clock.stage("plan"):
         packing, left = uniform(items_of(split, model), int(job.bits), prepared.group, prepared.storage)
     rows = read_rows(model, job, common) if prepared.method.schedule == "layerwise" else None
     folder = (common.workdir or work_folder(out)) / WORK
     made_by = provenance(prepared, job, common, rows)
     solved = Solved(
-        folder, job_digest(model.source.fingerprint, packing, made_by, None if rows is None else rows.fingerprint())
+        folder, job_digest(split.fingerprint, packing, made_by, None if rows is None else rows.fingerprint())
     )
     solved.begin(common.resume)
     with clock.stage("solve"):
@@ -311,7 +299,7 @@ def estimate_quantize(checkpoint: str, job: QuantizeJob, common: Common) -> Quan
 
     prepared = prepare_quantize(checkpoint, job, common)
     model = prepared.model
-    split = views(model)[1]
+    split = views(model, job.plan)[1]
     items = items_of(split, model)
     packing, _ = uniform(items, int(job.bits), prepared.group, prepared.storage)
     chosen = [item for item in items if item.name in packing]
@@ -348,11 +336,23 @@ def estimate_quantize(checkpoint: str, job: QuantizeJob, common: Common) -> Quan
     )
 
 
-def views(model: Opened) -> tuple[Source, Applied]:
-    """Plain tensors as the family stores them, and the same with one tensor per expert and matrix."""
+def views(model: Opened, plan: Plan | None = None) -> tuple[Source, Applied]:
+    """Plain tensors as the family stores them, and the same with one tensor per expert and matrix.
+
+    Args:
+        plan: seen through this plan.
+
+    Raises:
+        PlanError: the plan is for another checkpoint, or has packed matrices already.
+    """
     plain = decoded(model.source)
-    plan = replace(Plan.identity(model.source.fingerprint, model.architecture.name, model.facts), mtp="drop")
-    return plain, Applied(plain, plan, split=True)
+    if plan is None:
+        whole = replace(Plan.identity(model.source.fingerprint, model.architecture.name, model.facts), mtp="drop")
+        return plain, Applied(plain, whole, split=True)
+    if plan.packing:
+        raise PlanError("the plan has packed matrices already", next="use a plan that only chooses experts or neurons")
+    plan = replace(plan, mtp="drop")
+    return Applied(plain, plan), Applied(plain, plan, split=True)
 
 
 def apply_packed(model: Opened, plan: Plan, plan_file: Path, out: Path, common: Common, clock: Clock) -> Report:
@@ -403,6 +403,8 @@ def provenance(prepared: Prepared, job: QuantizeJob, common: Common, rows: Rows 
         "settings": {**asdict(prepared.params), **asdict(prepared.storage)},
         "seed": common.seed,
     }
+    if job.plan is not None:
+        made_by["chosen_by"] = job.plan.made_by
     if rows is not None:
         made_by["seq_len"] = rows.ids.shape[1]
         made_by["domains"] = [
@@ -478,7 +480,7 @@ def write_packed(
                 bytes_before=tensor_bytes(source),
                 bytes_after=tensor_bytes(packed),
                 bits_per_weight=bits_per_weight(packed),
-                experts_before=[fact.experts for fact in about.model.facts],
+                experts_before=[layer.experts for layer in plan.layers],
                 experts_after=[len(layer.picks) for layer in plan.layers],
                 predicted_nats=None,
                 predicted_nats_reason="there is no price without gradients: use --allocate lp",

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from moezip.errors import UsageError
+from moezip.registry import Method, lookup, parse_params
 
 INPUTS = ("quantized", "original")
 UNPACKED = 16
@@ -44,3 +48,16 @@ class StorageParams:
         if self.inputs not in INPUTS:
             raise UsageError(f"inputs is {self.inputs!r}", where=f"--set inputs={self.inputs}",
                              next=f"use {' or '.join(INPUTS)}")  # fmt: skip
+
+
+def split_settings(method: Method, settings: Mapping[str, str]) -> tuple[Any, StorageParams]:
+    """``--set`` texts as the solver's knobs and the storage's. Raises UsageError for a key of neither."""
+    stored = {f.name for f in dataclasses.fields(StorageParams)}
+    own = {f.name for f in dataclasses.fields(method.params)}
+    for key in settings:
+        lookup(key, dict.fromkeys(stored | own), f"setting of quantize --solver {method.name}")
+    storage = replace(method, params=StorageParams)
+    return (
+        parse_params(method, {key: text for key, text in settings.items() if key in own}),
+        parse_params(storage, {key: text for key, text in settings.items() if key in stored}),
+    )

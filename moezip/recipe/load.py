@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from moezip import demo
 from moezip.errors import RecipeError, UsageError
-from moezip.recipe.shape import Calibrate, Calibration, Evaluate, Job, Prune, Recipe, Step
+from moezip.recipe.shape import Calibrate, Calibration, Evaluate, Job, Prune, Quantize, Recipe, Step
 from moezip.recipe.text import Loc, Places, parse, put
 from moezip.registry import did_you_mean, lookup, parse_params
 
@@ -132,7 +132,7 @@ def _explained(error: ValidationError, places: Places) -> RecipeError:
 # -- errors of sense ----------------------------------------------------------------------------------------
 
 
-def _actions(recipe: Recipe) -> Iterator[tuple[Loc, Calibrate | Prune | Evaluate]]:
+def _actions(recipe: Recipe) -> Iterator[tuple[Loc, Calibrate | Prune | Quantize | Evaluate]]:
     for name, job in recipe.jobs.items():
         for i, step in enumerate(job.steps):
             action = step.action
@@ -166,6 +166,8 @@ def _check_names(recipe: Recipe, places: Places) -> None:
                     )
         if isinstance(action, Prune):
             _check_method(action, recipe, loc, places)
+        if isinstance(action, Quantize):
+            _check_solver(action, recipe, loc, places)
 
 
 def _check_method(action: Prune, recipe: Recipe, loc: Loc, places: Places) -> None:
@@ -184,6 +186,27 @@ def _check_method(action: Prune, recipe: Recipe, loc: Loc, places: Places) -> No
             f"{method.name} reads statistics, and this prune has no calibration to gather them from",
             where=places.where(loc),
             next="name some text under `calibration`",
+        )
+
+
+def _check_solver(action: Quantize, recipe: Recipe, loc: Loc, places: Places) -> None:
+    from moezip.quantize import METHODS
+    from moezip.quantize.settings import split_settings
+
+    try:
+        method = lookup(action.solver, {method.name: method for method in METHODS}, "solver")
+    except UsageError as error:
+        raise RecipeError(error.what, where=places.where((*loc, "solver")), next=error.next) from error
+    try:
+        split_settings(method, {key: str(value) for key, value in action.settings.items()})
+    except UsageError as error:
+        raise RecipeError(error.what, where=places.where((*loc, "settings")), next=error.next) from error
+    used = recipe.calibration if action.calibration is None else action.calibration
+    if method.schedule == "layerwise" and not used:
+        raise RecipeError(
+            f"{method.name} reads text, and this quantize has no calibration to take it from",
+            where=places.where(loc),
+            next="name some text under `calibration`, or use `solver: rtn`",
         )
 
 
@@ -214,8 +237,8 @@ def _resolved(recipe: Recipe, places: Places) -> Recipe:
 
 
 def _resolved_action(
-    action: Calibrate | Prune | Evaluate, recipe: Recipe, model: str, loc: Loc, places: Places
-) -> Calibrate | Prune | Evaluate:
+    action: Calibrate | Prune | Quantize | Evaluate, recipe: Recipe, model: str, loc: Loc, places: Places
+) -> Calibrate | Prune | Quantize | Evaluate:
     if not isinstance(action, Evaluate):
         used = tuple(recipe.calibration) if action.calibration is None else action.calibration
         return action.model_copy(update={"calibration": used})

@@ -74,6 +74,19 @@ class Prune(_Record):
         return self
 
 
+class Quantize(_Record):
+    """Store weights in ``bits`` bits; after a prune in the same job, those of what it leaves.
+
+    ``calibration``: names whose text the solver sees; all of them if left out. ``settings``: as ``--set`` takes them.
+    """
+
+    bits: float = Field(ge=1, le=8)
+    solver: str = "gptq"
+    group_size: int | None = Field(None, ge=0)
+    calibration: Names | None = None
+    settings: dict[str, Annotated[Any, AfterValidator(_scalar)]] = {}
+
+
 class Evaluate(_Record):
     """Measure what the steps before it made.
 
@@ -101,28 +114,33 @@ class Evaluate(_Record):
 
 
 class Step(_Record):
-    """One thing to do; exactly one of the three."""
+    """One thing to do; exactly one of the four."""
 
     calibrate: Calibrate | None = None
     prune: Prune | None = None
+    quantize: Quantize | None = None
     evaluate: Evaluate | None = None
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Step:
         given = [name for name in type(self).model_fields if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"a step is one of calibrate, prune, evaluate, with its settings; found {given or 'none'}")
+            raise ValueError(
+                f"a step is one of calibrate, prune, quantize, evaluate, with its settings; found {given or 'none'}"
+            )
         return self
 
     @property
-    def verb(self) -> Literal["calibrate", "prune", "evaluate"]:
-        """Which of the three it is."""
-        return "calibrate" if self.calibrate else "prune" if self.prune else "evaluate"
+    def verb(self) -> Literal["calibrate", "prune", "quantize", "evaluate"]:
+        """Which of the four it is."""
+        return (
+            "calibrate" if self.calibrate else "prune" if self.prune else "quantize" if self.quantize else "evaluate"
+        )
 
     @property
-    def action(self) -> Calibrate | Prune | Evaluate:
+    def action(self) -> Calibrate | Prune | Quantize | Evaluate:
         """The step's settings."""
-        action: Calibrate | Prune | Evaluate = getattr(self, self.verb)
+        action: Calibrate | Prune | Quantize | Evaluate = getattr(self, self.verb)
         return action
 
 
