@@ -16,8 +16,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from moezip.arch.families import identify
+from moezip.arch.matrices import expert_matrices, gate_and_up
 from moezip.arch.spec import LayerFacts
 from moezip.calibrate.backward import Backward, _scale
 from moezip.calibrate.choices import Recorded, held, ids_dtype
@@ -79,18 +81,31 @@ def streamed(folder: Path, rows: Rows, work: Path, dtype: torch.dtype = torch.fl
 
 def whole(folder: Path, rows: Rows, like: Watched) -> tuple[float, dict[int, np.ndarray]]:
     """Loss, and u and v as ``Watched`` has them, from one backward of the model in memory."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, experts_implementation=register()
-    ).eval().requires_grad_(False)  # fmt: skip
-    for tensor in [*model.parameters(), *model.buffers()]:
-        tensor.data = tensor.data.clone()  # off the mapped file, whose addresses change the last bit of products
-    traces, entry = {}, like._entry
+    model, traces, entry = in_memory(folder, register()), {}, like._entry
     for layer in like.inner:
         block = model.get_submodule(entry.layers)[layer].get_submodule(entry.block)
         experts = block.get_submodule(entry.experts_module)
         traces[layer] = experts._moezip_trace = Trace()
+    loss = backward_of(model, rows)
+    found = {layer: np.full_like(inner, np.nan) for layer, inner in like.inner.items()}
+    for layer, trace in traces.items():
+        spread(trace, found[layer])
+    return loss, found
+
+
+def in_memory(folder: Path, implementation: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, experts_implementation=implementation
+    ).eval().requires_grad_(False)  # fmt: skip
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data = tensor.data.clone()  # off the mapped file, whose addresses change the last bit of products
+    return model
+
+
+def backward_of(model: Any, rows: Rows) -> float:
+    """The summed loss, its gradients passed through the whole model."""
     embedded = model.get_input_embeddings()(rows.ids).detach().requires_grad_()
     mask = None if rows.mask is None else rows.mask.long()
     logits = model(inputs_embeds=embedded, attention_mask=mask, use_cache=False).logits
@@ -99,10 +114,7 @@ def whole(folder: Path, rows: Rows, like: Watched) -> tuple[float, dict[int, np.
         losses = losses[rows.mask[:, :-1] & rows.mask[:, 1:]]
     loss = losses.sum()
     loss.backward()
-    found = {layer: np.full_like(inner, np.nan) for layer, inner in like.inner.items()}
-    for layer, trace in traces.items():
-        spread(trace, found[layer])
-    return loss.item(), found
+    return loss.item()
 
 
 def error_by_expert(own: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -151,6 +163,116 @@ def test_sums_are_those_of_activations_and_gradients(name: str, tiny: Any, tmp_p
         squares = {"inner_square": u**2, "inner_grad_square": v**2, "inner_product_square": (u * v) ** 2}
         for key, value in squares.items():
             assert np.allclose(mine[key], np.nansum(value, 0), rtol=FLOAT32_SUM, atol=0), key
+
+
+# -- squared gradients of outputs ---------------------------------------------------------------------------
+
+
+def three_products(
+    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """The experts with their gate and up products apart; every product's output keeps its gradient, in
+    ``module.seen``: (role, expert, tokens, output)."""
+    result, module.seen = torch.zeros_like(hidden_states), []
+    for expert in range(module.num_experts):
+        token, place = torch.where(top_k_index == expert)
+        matrices, biases = expert_matrices(module, expert), dict[str, Any]()
+        if module.has_bias:
+            biases["gate"], biases["up"] = gate_and_up(module, module.gate_up_proj_bias[expert])
+            biases["down"] = module.down_proj_bias[expert]
+        gate, up = (F.linear(hidden_states[token], matrices[role], biases.get(role)) for role in ("gate", "up"))
+        both = torch.cat([gate, up], 1) if module.is_concatenated else torch.stack([gate, up], 2).flatten(1)
+        down = F.linear(module._apply_gate(both), matrices["down"], biases.get("down"))
+        for role, output in (("gate", gate), ("up", up), ("down", down)):
+            output.retain_grad()
+            module.seen.append((role, expert, token, output))
+        result = result.index_add(0, token, down * top_k_weights[token, place, None])
+    return result
+
+
+Squares = tuple[dict[int, dict[str, np.ndarray]], dict[str, np.ndarray]]
+
+
+def squares_of(model: Any, rows: Rows, like: Backward) -> Squares:
+    """Sums of squared output gradients of one plain backward: per layer those of ``GRADIENT_RECORDS``, and per linear
+    of the whole model, by module path."""
+    outputs: dict[str, torch.Tensor] = {}
+
+    def keep(path: str) -> Any:
+        def hook(_module: Any, _args: Any, output: Any) -> None:
+            if isinstance(output, torch.Tensor):  # phimoe's router is a linear that chooses
+                output.retain_grad()
+                outputs[path] = output
+
+        return hook
+
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(keep(path))
+    backward_of(model, rows)
+    real = torch.ones(rows.ids.numel(), dtype=torch.bool) if rows.mask is None else rows.mask.flatten()
+    experts, entry = {}, like._entry
+    for layer, fact in like._facts.items():
+        block = model.get_submodule(entry.layers)[layer].get_submodule(entry.block)
+        sizes = {"gate": fact.width, "up": fact.width, "down": fact.hidden}
+        found = experts[layer] = {f"{role}_grad_square": np.zeros((fact.experts, sizes[role])) for role in sizes}
+        for role, expert, token, output in block.get_submodule(entry.experts_module).seen:
+            found[f"{role}_grad_square"][expert] = output.grad[real[token]].double().square().sum(0).numpy()
+    linears = {
+        path: out.grad.reshape(len(real), -1)[real].double().square().sum(0).numpy() for path, out in outputs.items()
+    }
+    return experts, linears
+
+
+def error_of(own: np.ndarray, wanted: np.ndarray) -> float:
+    """Relative error as norms, the worst row's."""
+    size = np.linalg.norm(wanted, axis=-1)
+    return float((np.linalg.norm(own - wanted, axis=-1) / np.where(size > 0, size, 1)).max())
+
+
+@pytest.fixture(scope="module")
+def apart() -> str:
+    """Name of an experts implementation."""
+    from transformers.integrations.moe import ExpertsInterface
+
+    ExpertsInterface.register("three-products", three_products)
+    return "three-products"
+
+
+PADDED = ("qwen3_moe", "gpt_oss", "deepseek_v3")
+
+
+@pytest.mark.parametrize(("name", "padded"), [*((n, False) for n in FAMILIES), *((n, True) for n in PADDED)])
+def test_squared_output_gradients_equal_a_plain_backward(
+    name: str, padded: bool, tiny: Any, tmp_path: Path, apart: str
+) -> None:
+    mask = None
+    if padded:
+        mask = torch.ones(5, 12, dtype=torch.bool)
+        mask[1, 7:] = mask[4, 3:] = False
+    rows = rows_of(token_ids(5, 12), mask)
+    found = streamed(tiny(name), rows, tmp_path)
+    experts, linears = squares_of(in_memory(tiny(name), apart), rows, found)
+    for layer, wanted in experts.items():
+        for key, value in wanted.items():
+            assert error_of(found.sums["text"][layer][key], value) < RELATIVE, (layer, key)
+            assert (value.sum(1) > 0).any()
+    # which linears there are is test_layerwise.py's and the skeleton's matter; that none is forgotten is this one's
+    skeleton = found.stream.skeleton
+    own = {
+        path: found.linears["text"][fills[0].name]
+        for path in linears
+        if len(fills := skeleton.fills.get(f"{path}.weight", [])) == 1 and fills[0].name in found.linears["text"]
+    }
+    assert len(own) == len(found.linears["text"])
+    assert {path.rpartition(".")[2] for path in linears.keys() - own.keys()} <= NO_PRICE
+    assert ("lm_head" in own) == (name != "qwen3_moe")  # whose head is tied
+    for path, sums in own.items():
+        assert error_of(sums, linears[path]) < RELATIVE, path
+
+
+# Routers, the one-output gate of a shared expert, and a head that is tied to the embeddings.
+NO_PRICE = {"gate", "router", "shared_expert_gate", "lm_head"}
 
 
 def test_windows_that_outgrow_the_ceiling_are_told(tiny: Any, tmp_path: Path) -> None:
@@ -326,7 +448,7 @@ def passed(source: Checkpoint, work: Path, **options: Any) -> bytes:
 
 
 def test_a_killed_pass_goes_on_to_the_same_bytes(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = Checkpoint.open(tiny("deepseek_v3"))  # layer 0 is dense
+    source = Checkpoint.open(tiny("deepseek_v3"))  # layer 0 is dense, the head is its own
     # labels that are drawn must be drawn the same again
     wanted = passed(source, tmp_path / "plain", save_every=1e9, gradients="model")
     shots, step = Snapshots(tmp_path / "work", tmp_path / "shots"), Backward._step

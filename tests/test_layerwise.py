@@ -15,13 +15,14 @@ import torch
 from moezip.arch.experts import decoded
 from moezip.arch.packing import folded, unfolded
 from moezip.calibrate.data import Rows
+from moezip.calibrate.linears import layer_linears
 from moezip.calibrate.moments import expert_inputs, linear_moments, second_moment
 from moezip.calibrate.stream import Stream
 from moezip.checkpoint.reader import Checkpoint
 from moezip.errors import ArchitectureError, MoezipError
 from moezip.formats.packed import Grid
 from moezip.pipeline.common import opened
-from moezip.pipeline.layerwise import Layerwise, Solved, layer_linears
+from moezip.pipeline.layerwise import Layerwise, Solved
 from moezip.pipeline.quantize import items_of, uniform
 from moezip.plan.apply import Applied
 from moezip.plan.packed import LayerFiles, Packed
@@ -52,7 +53,7 @@ def packing_for(folder: Path, bits: int = 4, **storage: Any) -> tuple[Any, Any, 
     plain = decoded(model.source)
     plan = replace(Plan.identity(model.source.fingerprint, model.architecture.name, model.facts), mtp="drop")
     split = Applied(plain, plan, split=True)
-    packing, _ = uniform(items_of(split, model), bits, 8, StorageParams(**storage))
+    packing, _ = uniform(items_of(split, model), bits, 8, StorageParams(scale="F16", **storage))
     return model, plain, split, packing
 
 

@@ -108,6 +108,19 @@ def test_what_does_not_add_up() -> None:
         small() + fewer
 
 
+def test_linears_of_a_backward_pass_add_up_and_are_kept(tmp_path: Path) -> None:
+    def one(*values: float) -> Statistics:
+        return Statistics("abc", (Domain("code", ("data",), 3, {}, linears={"layers.0.q.weight": np.array(values)}),))
+
+    both = one(1.0, 2.0) + one(10.0, 20.0)
+    both.save(tmp_path / "stats")
+    [domain] = Statistics.load(tmp_path / "stats").domains
+    assert {name: sums.tolist() for name, sums in domain.linears.items()} == {"layers.0.q.weight": [11, 22]}
+    assert domain.layers == {}
+    with pytest.raises(StatisticsError, match="hold different layers or statistics"):
+        both + Statistics("abc", (Domain("code", ("data",), 3, {}),))
+
+
 # -- the file -----------------------------------------------------------------------------------------------
 
 

@@ -36,7 +36,13 @@ def fused_part(experts: Any, role: str, expert: int, whole: torch.Tensor | None 
         part = part.T
     if role == "down":
         return part
-    half = part.shape[0] // 2
+    gate, up = gate_and_up(experts, part)
+    return gate if role == "gate" else up
+
+
+def gate_and_up(experts: Any, both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The channels [F, ...] of the gate and of the up projection, as views of what has both, [2F, ...]."""
     if experts.is_concatenated:
-        return part[:half] if role == "gate" else part[half:]
-    return part[0::2] if role == "gate" else part[1::2]
+        half = both.shape[0] // 2
+        return both[:half], both[half:]
+    return both[0::2], both[1::2]

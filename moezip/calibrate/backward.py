@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import frexp, ldexp
 from pathlib import Path
@@ -27,9 +27,10 @@ from moezip.calibrate.data import Rows
 from moezip.calibrate.gradient_sums import Gates, gradient_sums
 from moezip.calibrate.hidden import HiddenStates
 from moezip.calibrate.kept import Kept, Standing, disk_bytes
+from moezip.calibrate.linears import head_linear, layer_linears, squares_kept
 from moezip.calibrate.memory import give_back
 from moezip.calibrate.record import GRADIENT_RECORDS
-from moezip.calibrate.statistics import Array
+from moezip.calibrate.statistics import Array, Domain
 from moezip.calibrate.stream import ACTIVATION_BYTES, BASE_BYTES, Stream
 from moezip.calibrate.trace import Trace
 from moezip.errors import MoezipError
@@ -66,6 +67,7 @@ class Backward:
 
     Attributes:
         sums: per domain and layer, the sums of ``GRADIENT_RECORDS``.
+        linears: per domain, by name on disk, the summed squares of the output gradients of all other linears.
         losses: per domain, the summed loss of the text's own labels, in nats. scored: tokens that it counts.
     """
 
@@ -102,6 +104,7 @@ class Backward:
         self._kept = Kept(folder, job, shape, stream.skeleton.dtype, self._facts)
         self._save_every, self._last_save = save_every, time.monotonic()
         self.sums: dict[str, dict[int, dict[str, Array]]] = {}
+        self.linears: dict[str, dict[str, Array]] = {}
         self.losses: dict[str, float] = {}
         self.scored: dict[str, int] = {}
 
@@ -175,14 +178,15 @@ class Backward:
             )
         watch(Progress("reserve disk", self.disk_bytes, self.disk_bytes, "bytes"))
 
-    def _take_up(self, standing: Standing, sums: dict[str, dict[int, dict[str, Array]]]) -> None:
+    def _take_up(self, standing: Standing, sums: Sequence[Domain]) -> None:
         """What was summed before the interruption, and the same micro-batches."""
         own = {record.name for record in GRADIENT_RECORDS}
-        for domain, layers in sums.items():
-            for layer, named in layers.items():
+        for domain in sums:
+            self.linears[domain.name] = dict(domain.linears)
+            for layer, named in domain.layers.items():
                 for name, found in named.items():
                     mine = self.sums if name in own else self._capture.sums
-                    mine.setdefault(domain, {}).setdefault(layer, {})[name] = found
+                    mine.setdefault(domain.name, {}).setdefault(layer, {})[name] = found
         self.losses, self.scored = dict(standing.losses), dict(standing.scored)
         self.stream.micro_rows = standing.micro_rows
         self.stream.run_side_by_side(standing.side_by_side)
@@ -191,11 +195,12 @@ class Backward:
         """Saves, if the pass is to be resumable and the last save is old enough."""
         if not self._kept.job or time.monotonic() - self._last_save < self._save_every:
             return
-        sums = {
-            domain: {layer: {**named, **self.sums.get(domain, {}).get(layer, {})} for layer, named in layers.items()}
-            for domain, layers in self._capture.sums.items()
-        }
-        self._kept.save(standing, sums)
+        domains = []
+        for name in dict.fromkeys(self.rows.domains):
+            own = self.sums.get(name, {})
+            layers = {i: {**named, **own.get(i, {})} for i, named in self._capture.sums.get(name, {}).items()}
+            domains.append(Domain(name, (), 0, layers, linears=self.linears.get(name, {})))
+        self._kept.save(standing, domains)
         self._last_save = time.monotonic()
 
     def _standing(self, half: Literal["forward", "backward"], next_layer: int, gradient: str = "") -> Standing:
@@ -246,6 +251,7 @@ class Backward:
         outputs, gradient = self._kept.input(last, there=True), self._kept.gradient(f"gradient-{last}.bin")
         stream.load_head()
         chunk = max(stream.head_chunk() // 4, 1)  # logits, their softmax and its gradient exist side by side
+        head = head_linear(stream)
         for row, domain in enumerate(rows.domains):
             hidden = outputs.read(row, row + 1)[0]
             positions = rows.scored(row)
@@ -253,12 +259,14 @@ class Backward:
             for start in range(0, len(positions), chunk):
                 at = positions[start : start + chunk]
                 leaf = hidden[at].to(stream.device).detach().requires_grad_()
-                with torch.enable_grad():
+                self._trace.begin(None)
+                with torch.enable_grad(), squares_kept(self._trace, dict([head] if head else [])):
                     logs = stream.head(leaf, grad=True).float().log_softmax(-1)
                     text = rows.ids[row, at + 1].to(stream.device)[:, None]
                     labels = text if self.labels == "data" else self._drawn(logs.detach())
                     (-logs.gather(1, labels).sum() * self._head_scale).backward()
                 self.losses[domain] = self.losses.get(domain, 0.0) - float(logs.detach().gather(1, text).double().sum())
+                _add(self.linears.setdefault(domain, {}), self._linear_sums(self._head_scale))
                 assert leaf.grad is not None
                 grads[at] = leaf.grad.float().cpu() / self._head_scale
             self.scored[domain] = self.scored.get(domain, 0) + len(positions)
@@ -302,15 +310,20 @@ class Backward:
 
     @contextmanager
     def _watched(self, index: int) -> Iterator[None]:
-        """Holds the layer's router to the recorded choices, and its experts' activations for the sums."""
+        """Holds the layer's router to the recorded choices, and what its experts and other linears do for the sums."""
+        linears = {name: module for _, name, module in layer_linears(self.stream, index)}
         if index not in self._facts:
-            yield
+            with squares_kept(self._trace, linears):
+                yield
             return
         block = self.stream.layers[index].get_submodule(self._entry.block)
         experts: Any = block.get_submodule(self._entry.experts_module)
         experts._moezip_trace = self._trace
         try:
-            with held(block.get_submodule(self._entry.router_module), self._recorded, self._facts[index]):
+            with (
+                held(block.get_submodule(self._entry.router_module), self._recorded, self._facts[index]),
+                squares_kept(self._trace, linears),
+            ):
                 yield
         finally:
             experts._moezip_trace = None
@@ -320,12 +333,13 @@ class Backward:
         inputs = self._kept.input(index, there=True)
         chosen = self._kept.ids(index, there=True) if index in self._facts else None
 
-        def step(start: int, stop: int) -> dict[str, Array]:
+        def step(start: int, stop: int) -> tuple[dict[str, Array], dict[str, Array]]:
             ids = None if chosen is None else chosen.read(start, stop).long().flatten(0, 1).to(self.stream.device)
             scale, gradients = self._step(index, inputs.read(start, stop), given.read(start, stop), ids, start)
             made.write(start, stop, gradients)
+            linears = self._linear_sums(scale)
             if ids is None:
-                return {}
+                return {}, linears
             if not ids.equal(self._trace.ids):
                 raise MoezipError(
                     f"the router of decoder layer {index} does not choose by topk and cannot be held to its choices",
@@ -334,14 +348,16 @@ class Backward:
             mask = None if self.rows.mask is None else self.rows.mask[start:stop]
             sums = gradient_sums(self._trace, self._facts[index], self._gates, mask, scale)
             self._trace.clear()
-            return sums
+            return sums, linears
 
-        for domain, found in self.stream.side_by_side_results(self.rows, step):
-            if not found:
-                continue
-            sums = self.sums.setdefault(domain, {}).setdefault(index, {})
-            for name, added in found.items():
-                sums[name] = sums[name] + added if name in sums else added
+        for domain, (found, linears) in self.stream.side_by_side_results(self.rows, step):
+            if found:
+                _add(self.sums.setdefault(domain, {}).setdefault(index, {}), found)
+            _add(self.linears.setdefault(domain, {}), linears)
+
+    def _linear_sums(self, scale: float) -> dict[str, Array]:
+        """Of the micro-batch that this thread has just run, whose gradients are ``scale`` times too large."""
+        return {name: squares.cpu().numpy() / scale**2 for name, squares in self._trace.linears.items()}
 
     def _step(
         self, index: int, inputs: torch.Tensor, given: torch.Tensor, ids: torch.Tensor | None, start: int
@@ -354,6 +370,7 @@ class Backward:
         hidden = inputs.to(stream.device).detach().clone().requires_grad_()
         scale = _scale(float(given.abs().max()))
         self._recorded.ids = ids
+        self._trace.begin(None if mask is None else mask.reshape(-1).to(stream.device))
         with torch.enable_grad():
             output = stream.call(index, self.rows.ids[start:stop], mask, hidden, grad=True)
             output.backward((given * scale).to(device=stream.device, dtype=output.dtype))
@@ -365,6 +382,11 @@ class Backward:
                 next="the weights may be damaged (run `moezip verify`), or the dtype overflows",
             )
         return scale, hidden.grad.float().cpu() / scale
+
+
+def _add(sums: dict[str, Array], more: Mapping[str, Array]) -> None:
+    for name, added in more.items():
+        sums[name] = sums[name] + added if name in sums else added
 
 
 def _scale(peak: float) -> float:

@@ -10,7 +10,7 @@ any more; the layers after it work on the next file.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING
 from moezip.arch.spec import LayerFacts
 from moezip.calibrate.choices import ids_dtype
 from moezip.calibrate.hidden import HiddenStates
-from moezip.calibrate.statistics import Array, Domain, Statistics
+from moezip.calibrate.statistics import Domain, Statistics
 from moezip.errors import MoezipError, StatisticsError
 
 if TYPE_CHECKING:
     import torch
 
-Sums = Mapping[str, Mapping[int, Mapping[str, Array]]]
 STATE = "progress.json"
 GRADIENT_ITEM = 4  # float32
 _OURS = ("input-*.bin", "ids-*.bin", "gradient-*.bin", "sums-*.safetensors", ".sums-*.part")
@@ -115,13 +114,13 @@ class Kept:
             self._fresh[name] = states
         return states
 
-    def save(self, standing: Standing, sums: Sums) -> None:
+    def save(self, standing: Standing, sums: Sequence[Domain]) -> None:
         """Makes ``standing`` the place to go on from, and removes what is not needed from there on."""
         needed = standing.files(self._facts)
         for name in needed & self._fresh.keys():
             self._fresh[name].sync()
         file = self.folder / _sums_file(standing)
-        Statistics(self.job, tuple(Domain(name, (), 0, layers) for name, layers in sums.items())).save(file)
+        Statistics(self.job, tuple(sums)).save(file)
         temporary = self._state.with_suffix(".part")
         temporary.write_text(json.dumps({"job": self.job, **asdict(standing)}))
         temporary.replace(self._state)
@@ -129,7 +128,7 @@ class Kept:
         self._fresh = {}
         self._remove(keep={*needed, file.name})
 
-    def restore(self) -> tuple[Standing, dict[str, dict[int, dict[str, Array]]]] | None:
+    def restore(self) -> tuple[Standing, tuple[Domain, ...]] | None:
         """Where an interrupted pass stood, and its sums; None if nothing was saved.
 
         Raises:
@@ -159,7 +158,7 @@ class Kept:
         self.saved = standing
         # what was begun after the save may be half written
         self._remove(keep={*standing.files(self._facts), _sums_file(standing)})
-        return standing, {one.name: {i: dict(named) for i, named in one.layers.items()} for one in found.domains}
+        return standing, found.domains
 
     def _files(self) -> list[Path]:
         return [file for pattern in _OURS for file in self.folder.glob(pattern)]

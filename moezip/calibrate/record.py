@@ -122,7 +122,9 @@ class GradientRecord:
     """A statistic of the backward pass (``backward.py`` fills it); it combines by addition.
 
     With u the inner activation of an expert for a token (input of its down projection), v the gradient of the summed
-    loss with respect to it, and a = u . v the loss's first-order change if the expert's output went.
+    loss with respect to it, and a = u . v the loss's first-order change if the expert's output went. The s are the
+    gradients with respect to the outputs of the expert's three products: of gate and up before the activation, of down
+    before the gate weight.
     """
 
     name: str
@@ -134,11 +136,18 @@ def _neurons(facts: LayerFacts) -> tuple[int, ...]:
     return (facts.experts, facts.width)
 
 
+def _outputs(facts: LayerFacts) -> tuple[int, ...]:
+    return (facts.experts, facts.hidden)
+
+
 GRADIENT_RECORDS: tuple[GradientRecord, ...] = (
     GradientRecord("routed", "tokens that reached the expert in the backward pass", _vector),
     GradientRecord("inner_square", "sum of u^2 per neuron", _neurons),
     GradientRecord("inner_grad_square", "sum of v^2 per neuron", _neurons),
     GradientRecord("inner_product_square", "sum of (u v)^2 per neuron", _neurons),
+    GradientRecord("gate_grad_square", "sum of s^2 per output channel of the gate projection", _neurons),
+    GradientRecord("up_grad_square", "sum of s^2 per output channel of the up projection", _neurons),
+    GradientRecord("down_grad_square", "sum of s^2 per output channel of the down projection", _outputs),
     GradientRecord("drop_square", "sum of a^2: the expert goes, other gates stay", _vector),
     GradientRecord("drop_renormalised_square", "sum of a^2 with the other gates grown", _vector),
 )

@@ -113,7 +113,8 @@ def _with_gradients(
         sums = backward.sums[domain.name]
         layers = {layer: {**named, **sums[layer]} for layer, named in domain.layers.items()}
         scored, loss = backward.scored[domain.name], backward.losses[domain.name]
-        domains.append(replace(domain, layers=layers, scored=scored, loss=loss))
+        linears = dict(sorted(backward.linears.get(domain.name, {}).items()))
+        domains.append(replace(domain, layers=layers, scored=scored, loss=loss, linears=linears))
     return Statistics(
         source.fingerprint, tuple(domains), {**settings, "labels": backward.labels, "seed": backward.seed}
     )

@@ -16,6 +16,7 @@ from moezip.errors import StatisticsError
 
 Array = npt.NDArray[np.float64]
 SCHEMA = 1
+LINEAR = "linear"  # stands in place of a layer's number in the file
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,8 @@ class Domain:
         scored: of these, tokens that the loss of a backward pass counts; 0 without one.
         loss: their summed loss in nats.
         layers: per MoE layer, the named sums as float64 arrays (``counts`` [E], ``router_gram`` [E, E], ...).
+        linears: of a backward pass: per linear outside the routed experts, by its name on disk, the sum over tokens of
+            the squared gradient of every output, [out] float64.
     """
 
     name: str
@@ -37,9 +40,11 @@ class Domain:
     layers: Mapping[int, Mapping[str, Array]] = field(default_factory=dict)
     scored: int = 0
     loss: float = 0.0
+    linears: Mapping[str, Array] = field(default_factory=dict)
 
     def __add__(self, other: Domain) -> Domain:
-        if {i: set(named) for i, named in self.layers.items()} != {i: set(named) for i, named in other.layers.items()}:
+        held, others = ({i: set(named) for i, named in one.layers.items()} for one in (self, other))
+        if held != others or set(self.linears) != set(other.linears):
             raise StatisticsError(
                 f"the two records of domain {self.name!r} hold different layers or statistics",
                 next="calibrate both with the same --record",
@@ -60,6 +65,7 @@ class Domain:
             layers,
             self.scored + other.scored,
             self.loss + other.loss,
+            {name: sums + other.linears[name] for name, sums in self.linears.items()},
         )
 
 
@@ -165,6 +171,8 @@ class Statistics:
             for layer, named in domain.layers.items()
             for name, sums in named.items()
         }
+        for number, domain in enumerate(self.domains):
+            tensors.update({f"{number}/{LINEAR}/{name}": sums for name, sums in domain.linears.items()})
         about = {
             "schema": SCHEMA,
             "source": self.source,
@@ -197,9 +205,13 @@ class Statistics:
                         next="calibrate again with this version",
                     )  # fmt: skip
                 layers: list[dict[int, dict[str, Array]]] = [{} for _ in about["domains"]]
+                linears: list[dict[str, Array]] = [{} for _ in about["domains"]]
                 for key in file.keys():  # noqa: SIM118  (safe_open is no mapping)
-                    number, layer, name = key.split("/")
-                    layers[int(number)].setdefault(int(layer), {})[name] = file.get_tensor(key)
+                    number, layer, name = key.split("/", 2)
+                    if layer == LINEAR:
+                        linears[int(number)][name] = file.get_tensor(key)
+                    else:
+                        layers[int(number)].setdefault(int(layer), {})[name] = file.get_tensor(key)
             domains = tuple(
                 Domain(
                     entry["name"],
@@ -208,6 +220,7 @@ class Statistics:
                     dict(sorted(layers[i].items())),
                     int(entry.get("scored", 0)),
                     float(entry.get("loss", 0.0)),
+                    linears[i],
                 )
                 for i, entry in enumerate(about["domains"])
             )

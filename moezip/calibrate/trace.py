@@ -1,14 +1,23 @@
-"""The experts with gradients: the same output as ``experts_forward``, and a hold on every inner activation."""
+"""The experts with gradients: the same output as ``experts_forward``, and a hold on every inner activation.
+
+Of the gradients of the three products only the sum of squares over the tokens is taken, as they pass: kept, they would
+be the largest thing in memory.
+"""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from moezip.arch.matrices import gate_and_up
 
 if TYPE_CHECKING:
     import torch
+
+# Numbers that are squared at a time, in float32: 4 MiB.
+PIECE = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +30,9 @@ class Traced:
         inner: [at least n, F] input of the down projection, its gradient kept; rows beyond n are filling.
         output: [n, D] output before the gate weight, its gradient kept where a bias makes it needed, else None.
         bias: [D] of the down projection, or None.
+        squares: after the backward, by ``gate`` [F], ``up`` [F] and ``down`` [D]: sum over its tokens of the squared
+            gradient of each output of that product; of gate and up before the activation, of down before the gate
+            weight. float64.
     """
 
     expert: int
@@ -28,6 +40,7 @@ class Traced:
     inner: torch.Tensor
     output: torch.Tensor | None
     bias: torch.Tensor | None
+    squares: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Trace(threading.local):
@@ -36,12 +49,21 @@ class Trace(threading.local):
     Attributes:
         ids, gates: [T, k] as the router gave them, gates detached.
         parts: one per expert that has tokens.
+        valid: [T], False on padding, None without any; goes in.
+        linears: sums of squared output gradients of other linears, by name, [out] float64.
     """
 
     def __init__(self) -> None:
         self.ids: Any = None
         self.gates: Any = None
         self.parts: list[Traced] = []
+        self.valid: Any = None
+        self.linears: dict[str, torch.Tensor] = {}
+
+    def begin(self, valid: torch.Tensor | None) -> None:
+        """Ready for the next micro-batch."""
+        self.clear()
+        self.valid, self.linears = valid, {}
 
     def clear(self) -> None:
         """Lets go of the graph."""
@@ -75,17 +97,64 @@ def traced_forward(
             continue
         stop = start + count
         given = hidden_states[rows[start : start + padded_rows(count)]]
-        inner = linear(module, "gate_up_proj" if module.has_gate else "up_proj", expert, given)
-        inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+        product = linear(module, "gate_up_proj" if module.has_gate else "up_proj", expert, given)
+        inner = module._apply_gate(product) if module.has_gate else module.act_fn(product)
         inner.retain_grad()
         out = linear(module, "down_proj", expert, inner)[:count]
         bias = module.down_proj_bias[expert] if module.has_bias else None
         if bias is not None:
             out.retain_grad()
-        trace.parts.append(Traced(expert, order[start:stop], inner, None if bias is None else out, bias))
+        part = Traced(expert, order[start:stop], inner, None if bias is None else out, bias)
+        trace.parts.append(part)
+        _keep_products(module, part, product, out, None if trace.valid is None else trace.valid[rows[start:stop]])
+        del product
         pieces.append(out)
         start = stop
     places = torch.empty_like(order)
     places[order] = torch.arange(order.numel(), device=order.device)
     chosen = torch.cat(pieces)[places].view(tokens, top_k, -1)
     return (chosen * top_k_weights[:, :, None]).sum(dim=1).to(hidden_states.dtype)
+
+
+def _keep_products(
+    module: Any, part: Traced, product: torch.Tensor, out: torch.Tensor, valid: torch.Tensor | None
+) -> None:
+    """Fills ``part.squares`` once gradients pass: of gate and up, [at least n, 2F] together, and of ``out`` [n, D]."""
+    squares = part.squares
+
+    def split(total: torch.Tensor) -> None:
+        if module.has_gate:
+            squares["gate"], squares["up"] = gate_and_up(module, total)
+        else:
+            squares["up"] = total
+
+    def keep(total: torch.Tensor) -> None:
+        squares["down"] = total
+
+    keep_squares(product, valid, split)
+    keep_squares(out, valid, keep)
+
+
+def keep_squares(output: torch.Tensor, valid: torch.Tensor | None, take: Callable[[torch.Tensor], None]) -> None:
+    """Calls ``take`` with the sum over rows of the squared gradient of ``output`` [..., C], float64 [C], once it is
+    known.
+
+    Args:
+        valid: which of the first rows count; None for all. Rows beyond are filling, whose gradient is 0.
+    """
+
+    def passing(gradient: torch.Tensor) -> None:
+        flat = gradient.flatten(0, -2)
+        take(summed_squares(flat if valid is None else flat[: valid.numel()][valid]))
+
+    output.register_hook(passing)
+
+
+def summed_squares(values: torch.Tensor) -> torch.Tensor:
+    """Of [n, C]: the sum over n of the squares, float64 [C]."""
+    import torch
+
+    total = torch.zeros(values.shape[1], dtype=torch.float64, device=values.device)
+    for part in values.split(max(PIECE // max(values.shape[1], 1), 1)):
+        total += part.float().square().sum(0)
+    return total

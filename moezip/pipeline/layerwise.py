@@ -21,6 +21,7 @@ from moezip.arch.packing import WEIGHT, Packing, stem
 from moezip.calibrate.data import Rows
 from moezip.calibrate.experts import inner_activation
 from moezip.calibrate.hidden import HiddenStates
+from moezip.calibrate.linears import head_linear, layer_linears
 from moezip.calibrate.moments import ExpertInputs, Moment, expert_inputs, linear_moments, second_moment
 from moezip.calibrate.stream import Stream
 from moezip.checkpoint.source import Source
@@ -343,9 +344,10 @@ class Layerwise:
     # -- the head -------------------------------------------------------------------------------------------
 
     def _head(self, states: HiddenStates) -> None:
-        head = head_matrix(self.stream)
-        if head is None or head.name not in self.packing:
+        found = head_linear(self.stream)
+        if found is None or found[0] not in self.packing:
             return
+        head = Matrix(*found)
         if self.solved.file("head").is_file():
             self._tick()
             return
@@ -432,39 +434,6 @@ def by_matrix(
             {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix + WEIGHT)},
         )
     return found
-
-
-def layer_linears(stream: Stream, index: int) -> Iterator[tuple[str, str, Any]]:
-    """(path in the layer, name on disk, module) of every linear of a decoder layer that may be packed.
-
-    Experts, routers and gates of shared experts are left out, and linears that are not one tensor on disk.
-    """
-    from torch import nn
-
-    skeleton = stream.skeleton
-    entry = skeleton.architecture
-    prefix = f"{entry.layers}.{index}"
-    left_out = (f"{entry.block}.{entry.experts_module}.", f"{entry.block}.{entry.router_module}.")
-    layer: Any = stream.layers[index]
-    for path, module in layer.named_modules():
-        if not isinstance(module, nn.Linear) or f"{path}.".startswith(left_out) or module.out_features == 1:
-            continue
-        fills = skeleton.fills.get(f"{prefix}.{path}.{WEIGHT}", [])
-        if len(fills) == 1 and fills[0].tensor is None:
-            yield path, fills[0].name, module
-
-
-def head_matrix(stream: Stream) -> Matrix | None:
-    """The output embedding, unless it is tied to the input's."""
-    from torch import nn
-
-    skeleton = stream.skeleton
-    module = skeleton.model.get_output_embeddings()
-    for path, each in skeleton.model.named_modules():
-        if each is module and isinstance(each, nn.Linear):
-            fills = skeleton.fills.get(f"{path}.{WEIGHT}", [])
-            return Matrix(fills[0].name, module) if fills else None
-    return None
 
 
 def map_threads(work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
