@@ -118,10 +118,12 @@ def grid_counts(packing: Packing) -> dict[str, int]:
 def prepare_quantize(checkpoint: str, job: QuantizeJob, common: Common) -> Prepared:
     """Raises UsageError, PlanError, CheckpointError or ArchitectureError for everything that can be known now."""
     from moezip.quantize import METHODS
+    from moezip.quantize.settings import scale_dtype
 
     method = lookup(job.solver, {entry.name: entry for entry in METHODS}, "solver")
     params, storage = split_settings(method, job.settings)
     model = opened(checkpoint)
+    storage = replace(storage, scale=scale_dtype(storage, model.source.config))
     if job.allocate == "uniform" and (job.bits != int(job.bits) or not 1 <= job.bits <= 8):
         raise UsageError(
             f"{job.bits:g} bits cannot be given to every weight", where=f"--bits {job.bits:g}",

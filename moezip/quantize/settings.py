@@ -22,7 +22,7 @@ class StorageParams:
     shared: the same for shared experts. dense: for the linears of layers without experts.
     head: bits of the output embedding; 16 leaves it as it is.
     symmetric: store no zeros: smaller, and less exact.
-    scale: stored scales, ``F16`` or ``BF16``.
+    scale: stored scales, ``F16`` or ``BF16``; ``model`` takes the model's own dtype, which every reader reads alike.
     double: store the scales themselves in 8 bits.
     inputs: layers are solved on the outputs of ``quantized`` layers before them, or of the ``original`` ones.
     """
@@ -32,7 +32,7 @@ class StorageParams:
     dense: int = 0
     head: int = UNPACKED
     symmetric: bool = False
-    scale: str = "F16"
+    scale: str = "model"
     double: bool = False
     inputs: str = "quantized"
 
@@ -42,12 +42,20 @@ class StorageParams:
             if bits not in (*range(1, 9), UNPACKED) and not (bits == 0 and name != "head"):
                 raise UsageError(f"{name} cannot have {bits} bits", where=f"--set {name}={bits}",
                                  next="use 1 to 8, or 16 to leave it as it is")  # fmt: skip
-        if self.scale not in ("F16", "BF16"):
+        if self.scale not in ("model", "F16", "BF16"):
             raise UsageError(f"scales cannot be stored as {self.scale}", where=f"--set scale={self.scale}",
-                             next="use F16 or BF16")  # fmt: skip
+                             next="use F16, BF16, or model for the model's own dtype")  # fmt: skip
         if self.inputs not in INPUTS:
             raise UsageError(f"inputs is {self.inputs!r}", where=f"--set inputs={self.inputs}",
                              next=f"use {' or '.join(INPUTS)}")  # fmt: skip
+
+
+def scale_dtype(storage: StorageParams, config: Mapping[str, Any]) -> str:
+    """``F16`` or ``BF16``: what is asked for, else BF16 in a BF16 model and F16 in all others."""
+    if storage.scale != "model":
+        return storage.scale
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "")
+    return "BF16" if dtype.endswith("bfloat16") else "F16"
 
 
 def split_settings(method: Method, settings: Mapping[str, str]) -> tuple[Any, StorageParams]:
