@@ -2,8 +2,8 @@
 
 An expert that the text hardly reached has a hessian of low rank: codes fitted to it are right for the few inputs that
 were seen and arbitrary for all others. So it is mixed with what is known besides (the pooled inputs of the layer), as
-if ``prior`` tokens of that had been seen. Of the published codes, QMoE (arXiv 2310.16795) rounds experts that saw nothing
-and MC-MoE (arXiv 2410.06270) zeroes their weights.
+if ``prior`` tokens of that had been seen. Of the published codes, QMoE (arXiv 2310.16795) rounds experts that saw
+nothing and MC-MoE (arXiv 2410.06270) zeroes their weights.
 """
 
 from __future__ import annotations
