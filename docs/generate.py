@@ -14,6 +14,8 @@ from pathlib import Path
 from moezip.arch.families import ARCHITECTURES, REFUSED
 from moezip.arch.spec import Architecture
 from moezip.prune import METHODS, PROFILES
+from moezip.quantize import METHODS as SOLVERS
+from moezip.registry import Method
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCK = re.compile(r"(<!-- generated:(?P<name>[a-z]+) -->\n).*?(<!-- /generated -->)", re.DOTALL)
@@ -26,10 +28,15 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def methods() -> str:
-    rows = [
-        (f"`{m.name}`", m.summary, "yes" if m.reads_text else "none", m.paper)
-        for m in (*sorted(METHODS, key=lambda m: (not m.reads_text, m.name)), *PROFILES)
-    ]
+    return _methods((*sorted(METHODS, key=lambda m: (not m.reads_text, m.name)), *PROFILES))
+
+
+def solvers() -> str:
+    return _methods(SOLVERS)
+
+
+def _methods(entries: Sequence[Method]) -> str:
+    rows = [(f"`{m.name}`", m.summary, "yes" if m.reads_text else "none", m.paper) for m in entries]
     return table(("method", "what it is", "calibration text", "source"), rows)
 
 
@@ -61,7 +68,9 @@ def refused() -> str:
     return table(("`model_type`", "why not"), rows)
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"methods": methods, "architectures": architectures, "refused": refused}
+BLOCKS: dict[str, Callable[[], str]] = {
+    "methods": methods, "solvers": solvers, "architectures": architectures, "refused": refused
+}  # fmt: skip
 
 
 def generated(text: str) -> str:

@@ -63,7 +63,7 @@ class Method:
     @property
     def reads_text(self) -> bool:
         """Whether it needs calibration."""
-        return bool(self.needs) or self.records is not None
+        return bool(self.needs) or self.records is not None or self.schedule == "layerwise"
 
     def reads(self, params: Any) -> tuple[str, ...]:
         """Names of all recorded statistics that ``run`` and ``choose`` read with these settings."""
