@@ -15,7 +15,7 @@ import numpy as np
 from moezip.errors import PlanError
 from moezip.formats.packed import Grid
 from moezip.plan.relaxation import BudgetError
-from moezip.plan.widths import Allocation, Matrix
+from moezip.plan.widths import Allocation, Form, Matrix, price_of
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +74,7 @@ def by_score(
     if totals[0] > budget:
         raise BudgetError(budget, totals[0], totals[-1], weights)
     base = max(place for place, total in enumerate(totals) if total <= budget)
-    forms = {matrix.name: next(iter(matrix.nats)) for matrix in fixed}
+    forms: dict[str, Form] = {matrix.name: next(iter(matrix.nats)) for matrix in fixed}
     forms |= {matrix.name: ladder[base] for matrix in open_}
     total = totals[base]
     if base + 1 < len(ladder):
@@ -87,4 +87,5 @@ def by_score(
                 break
             total += extra
             forms |= {matrix.name: ladder[base + 1] for matrix in ranks[score]}
-    return Allocation({matrix.name: forms[matrix.name] for matrix in matrices}, total, budget, weights, answered)
+    forms = {matrix.name: forms[matrix.name] for matrix in matrices}
+    return Allocation(forms, total, budget, weights, answered, nats=price_of(matrices, forms))

@@ -6,12 +6,14 @@ rise of the loss in nats per token.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
 
+from moezip.errors import PlanError
 from moezip.formats.packed import Grid
 
 Form = Grid | None
@@ -191,3 +193,33 @@ def search_line(allocation: Allocation) -> str:
         f"(gap {100 * allocation.gap:.3f}%), found by {FOUND_BY.get(allocation.answered, allocation.answered)}"
     )
     return f"{line}; {allocation.remark}" if allocation.remark else line
+
+
+def assigned(
+    matrices: Sequence[Matrix], bits: Mapping[tuple[int, int], int], grids: Mapping[int, Grid], answered: str
+) -> Allocation:
+    """An allocation from bits by (layer, expert), as ``pmq`` gives them; other matrices keep the only form they have.
+
+    Args:
+        grids: by bits. answered: name of the method.
+
+    Raises:
+        PlanError: an expert without bits, or another matrix that has a choice.
+    """
+    forms: dict[str, Form] = {}
+    for matrix in matrices:
+        if matrix.expert is None and len(matrix.nats) == 1:
+            forms[matrix.name] = next(iter(matrix.nats))
+        elif matrix.expert is not None and place_of(matrix) in bits:
+            forms[matrix.name] = grids[bits[place_of(matrix)]]
+        else:
+            raise PlanError(f"{answered} gives no width to {matrix.name}")
+    total = sum(matrix.nbytes(forms[matrix.name]) for matrix in matrices)
+    weights = sum(matrix.weights for matrix in matrices)
+    return Allocation(forms, total, total, weights, answered, nats=price_of(matrices, forms))
+
+
+def price_of(matrices: Sequence[Matrix], forms: Mapping[str, Form]) -> float | None:
+    """Nats of all matrices in these forms; None if any has no price in its form."""
+    prices = [matrix.nats.get(forms[matrix.name]) for matrix in matrices]
+    return None if None in prices else math.fsum(price for price in prices if price is not None)
