@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,15 +33,17 @@ class Moment:
     """Sum over tokens of x x^T.
 
     Attributes:
-        total: [C, C] float32, a sum and no mean. tokens: how many are in it.
+        total: [C, C] float32, a sum and no mean. tokens: how many are in it. mass: the sum of their weights.
     """
 
     total: torch.Tensor
     tokens: int
+    mass: float
 
     def add(self, other: Moment) -> None:
         self.total = self.total + other.total  # in place would need the mode that both were made in
         self.tokens += other.tokens
+        self.mass += other.mass
 
 
 def second_moment(x: torch.Tensor, weights: torch.Tensor | None = None) -> Moment:
@@ -56,7 +58,7 @@ def second_moment(x: torch.Tensor, weights: torch.Tensor | None = None) -> Momen
         part = x[start : start + CHUNK].float()
         scaled = part if weights is None else part * weights[start : start + CHUNK, None].float()
         total.addmm_(part.T, scaled)
-    return Moment(total, x.shape[0])
+    return Moment(total, x.shape[0], x.shape[0] if weights is None else float(weights.sum()))
 
 
 class _Seen(threading.local):
@@ -221,3 +223,29 @@ def expert_inputs(
     if rows.mask is not None:
         ids[~rows.mask.reshape(-1).bool().numpy()] = -1
     return ExpertInputs(hidden, ids, gates)
+
+
+def head_moment(stream: Stream, rows: Rows, states: HiddenStates, module: Any) -> Moment:
+    """Second moment of the inputs of the loaded head's linear, over all real tokens of the last layer's output."""
+    total: list[Moment] = []
+
+    class Enough(Exception):
+        pass
+
+    def watch(_module: Any, args: Any) -> None:
+        found = second_moment(args[0].reshape(-1, args[0].shape[-1]))
+        if total:
+            total[0].add(found)
+        else:
+            total.append(found)
+        raise Enough  # before any logit is computed
+
+    hook = module.register_forward_pre_hook(watch)
+    try:
+        for row in range(states.shape[0]):
+            hidden = states.read(row, row + 1)[0]
+            with suppress(Enough):
+                stream.head(hidden if rows.mask is None else hidden[rows.mask[row].bool()])
+    finally:
+        hook.remove()
+    return total[0]

@@ -22,7 +22,7 @@ from moezip.calibrate.data import Rows
 from moezip.calibrate.experts import inner_activation
 from moezip.calibrate.hidden import HiddenStates
 from moezip.calibrate.linears import head_linear, layer_linears
-from moezip.calibrate.moments import ExpertInputs, Moment, expert_inputs, linear_moments, second_moment
+from moezip.calibrate.moments import ExpertInputs, Moment, expert_inputs, head_moment, linear_moments, second_moment
 from moezip.calibrate.stream import Stream
 from moezip.checkpoint.source import Source
 from moezip.errors import MoezipError
@@ -248,19 +248,14 @@ class Layerwise:
                 if any(self._name(index, expert, role) in self.packing for role in ("gate", "up", "down"))
             ]
             if wanted:
-                inputs = expert_inputs(self.stream, index, self.rows, states, self._file(states))
+                inputs = expert_inputs(
+                    self.stream, index, self.rows, states, inputs_file(self.stream, states, self.spill)
+                )
                 try:
                     self._experts(index, wanted, inputs, tensors, report)
                 finally:
                     inputs.close()
         return tensors, report
-
-    def _file(self, states: HiddenStates) -> Path | None:
-        """Where the experts' inputs wait: in memory beside the hidden states, if both fit."""
-        if states.file is None and 2 * states.bytes <= self.stream.hidden_budget():
-            return None
-        folder = states.file.parent if states.file is not None else self.spill
-        return None if folder is None else folder / "expert-inputs.bin"
 
     def _experts(
         self,
@@ -295,9 +290,7 @@ class Layerwise:
                 extra = None
                 if x.shape[0] < POOL_BELOW * matrices["down"].shape[1]:
                     extra = second_moment(inner_activation(experts, expert, sample))
-                found.append(
-                    self._found(name, matrices["down"], self._mixed(second_moment(inner, weights), extra))
-                )
+                found.append(self._found(name, matrices["down"], self._mixed(second_moment(inner, weights), extra)))
             return found
 
         # the experts with most tokens first, so that no thread is left with one at the end; their order on disk is
@@ -312,6 +305,7 @@ class Layerwise:
             None if pool is None else pool.total,
             0 if pool is None else pool.tokens,
             self.prior * own.total.shape[0],
+            mass=own.mass,
         )
 
     def _found(self, name: str, weight: torch.Tensor, hessian: Mixed) -> Found:
@@ -320,9 +314,7 @@ class Layerwise:
         weight.copy_(dequantize(solution.codes, weight.dtype))
         return Found(name, solution, hessian.basis)
 
-    def _collect(
-        self, found: Iterable[list[Found]], tensors: dict[str, torch.Tensor], report: LayerReport
-    ) -> None:
+    def _collect(self, found: Iterable[list[Found]], tensors: dict[str, torch.Tensor], report: LayerReport) -> None:
         for each in (one for several in found for one in several):
             tensors.update({stem(each.name) + suffix: value for suffix, value in encode(each.solution.codes).items()})
             report.add(each.name, each.solution, each.basis)
@@ -353,7 +345,7 @@ class Layerwise:
             return
         self.stream.load_head()
         try:
-            moment = self._head_moment(head, states)
+            moment = head_moment(self.stream, self.rows, states, head.module)
             report, tensors = LayerReport(), dict[str, "torch.Tensor"]()
             hessian = shrunk(moment.total, moment.tokens, None, 0, 0.0)
             self._collect([[self._found(head.name, head.module.weight.data, hessian)]], tensors, report)
@@ -361,30 +353,13 @@ class Layerwise:
         finally:
             self.stream.free_head()
 
-    def _head_moment(self, head: Matrix, states: HiddenStates) -> Moment:
-        found: list[Moment] = []
 
-        class Enough(Exception):
-            pass
-
-        def watch(_module: Any, args: Any) -> None:
-            found.append(second_moment(args[0].reshape(-1, args[0].shape[-1])))
-            raise Enough  # before any logit is computed
-
-        hook = head.module.register_forward_pre_hook(watch)
-        try:
-            for row in range(states.shape[0]):
-                hidden = states.read(row, row + 1)[0]
-                if self.rows.mask is not None:
-                    hidden = hidden[self.rows.mask[row].bool()]
-                try:
-                    self.stream.head(hidden)
-                except Enough:
-                    if len(found) > 1:
-                        found[0].add(found.pop())
-        finally:
-            hook.remove()
-        return found[0]
+def inputs_file(stream: Stream, states: HiddenStates, spill: Path | None) -> Path | None:
+    """Where a layer's expert inputs wait: in memory (None) beside the hidden states, if both fit."""
+    if states.file is None and 2 * states.bytes <= stream.hidden_budget():
+        return None
+    folder = states.file.parent if states.file is not None else spill
+    return None if folder is None else folder / "expert-inputs.bin"
 
 
 def solve_free(base: Source, packing: Packing, solve: Solve, solved: Solved, watch: Watch) -> None:
