@@ -2,10 +2,11 @@
 
     python benchmarks/backward.py --work CACHE
 
-``moezip calibrate`` with and without ``--record gradients`` on the same tokens, in turns, each under the tightest
-ceiling that holds one layer, the hidden states and 600 MiB (``--max-memory``); the model is larger than the ceiling.
-The peak is the system's own figure for the process (``ru_maxrss``), interpreter and libraries inside. Disk is the most
-that the work folder held, looked at every tenth of a second, beside what ``--dry-run`` says.
+What ``moezip calibrate`` runs, without and with gradients, on the same tokens, in turns; then the whole command with
+``--record gradients``, which goes on to measure probes. Each is a process of its own, under the tightest ceiling that
+holds one layer, the hidden states and 600 MiB (``--max-memory``); the model is larger than the ceiling. The peak is the
+system's own figure for the process (``ru_maxrss``), interpreter and libraries inside. Disk is the most that the work
+folder held, looked at every tenth of a second, beside what ``--dry-run`` says of the pass with gradients.
 """
 
 from __future__ import annotations
@@ -21,11 +22,25 @@ import measure
 import memory
 import models
 
-ARMS = ("forward", "forward and backward")
+ARMS = ("forward", "forward and backward", "and probes (the command)")
+# The calibration of the command without what comes after it: checkpoint, text, statistics, tokens, tokens per window,
+# ceiling, records.
+PASS = """
+import sys
+from pathlib import Path
+from moezip.calibrate.data import domains_of
+from moezip.pipeline import Common, opened, run_calibration
+from moezip.pipeline.calibrate import forget, work_folder
+folder, text, stats, tokens, seq_len, limit, *record = sys.argv[1:]
+common, work = Common(seq_len=int(seq_len), max_memory=int(limit)), work_folder(Path(stats))
+texts = domains_of([Path(text)], int(tokens))
+run_calibration(opened(folder), texts, common, record=record or None, workdir=work).save(Path(stats))
+forget(work)
+"""
 EVERY_SECONDS = 0.1
 
 
-def run(folder: Path, text: Path, given: Any, limit: int, backward: bool) -> dict[str, float]:
+def run(folder: Path, text: Path, given: Any, limit: int, arm: str) -> dict[str, float]:
     """One whole process: seconds, processor seconds, peak memory, most disk."""
     stats = folder.with_suffix(".stats.safetensors")
     work = Path(f"{stats}.moezip-work")
@@ -38,9 +53,20 @@ def run(folder: Path, text: Path, given: Any, limit: int, backward: bool) -> dic
 
     watcher = threading.Thread(target=look)
     watcher.start()
-    more: list[str | int] = ["--max-memory", limit, *(["--record", "gradients"] if backward else [])]
     try:
-        ended = memory.calibrate(folder, text, given, stats, *more)
+        if arm == ARMS[2]:
+            ended = memory.calibrate(folder, text, given, stats, "--max-memory", limit, "--record", "gradients")
+        else:
+            words = [
+                folder,
+                text,
+                stats,
+                given.tokens,
+                given.seq_len,
+                limit,
+                *(["gradients"] if arm == ARMS[1] else []),
+            ]
+            ended = measure.process([sys.executable, "-c", PASS, *words], HF_HUB_OFFLINE="1")
     finally:
         done.set()
         watcher.join()
@@ -89,7 +115,7 @@ def main() -> None:
         # in a process of its own: this one has to stay small, see measure.py
         measure.process([sys.executable, measure.HERE / "models.py", given.model, "--work", work])
         text = models.text(given.tokens, shape.vocabulary, work)
-        arms = {name: partial(run, work / given.model, text, given, limit, name != "forward") for name in ARMS}
+        arms = {name: partial(run, work / given.model, text, given, limit, name) for name in ARMS}
         found = measure.in_turns(given.rounds, arms)
         disk = promised(work / given.model, text, given)
     report(found, shape.bytes, limit, disk)
