@@ -93,12 +93,23 @@ def test_a_drop_by_hand() -> None:
     assert lax.nats == pytest.approx(4.1, abs=ROUNDING)  # the infinite one stays whatever the budget
 
 
+def test_one_that_would_go_may_stay_so_that_another_goes() -> None:
+    """One of two experts stays, of 4 bytes (0 nats if it goes) or 8 (2 nats); 5 bytes save 3 nats, and 2 bytes 3 more.
+
+    Ten bytes. The large one gone, 6 are left, for one of the two: 2 + 3 = 5. The small one gone, 2 are left: 0 + 3 = 3.
+    """
+    units = (Unit((4,), (0.0,)), Unit((8,), (0.0,)), Unit((0, 5), (3.0, 0.0)), Unit((0, 2), (3.0, 0.0)))
+    found = solve(Problem(units, 10, (Bundle((0,), 0.0), Bundle((1,), 2.0)), (Rule(((0, 1),), 1),)))
+    assert (found.options, found.nats) == ((None, 0, 0, 1), 3.0)
+
+
 @pytest.mark.parametrize("groups", [0, 1, 2])
 def test_the_answer_is_the_best_of_all(groups: int) -> None:
     rng = np.random.default_rng(groups)
-    for _ in range(12):
+    for turn in range(20):
         units = random_units(rng, 6)
-        bundles = tuple(Bundle(units, float(2 * rng.random())) for units in ((0, 1), (2,), (3,), (4,)))
+        dear = (2.0, 0.5)[turn % 2]  # the cheap ones would all go, so that the rule binds
+        bundles = tuple(Bundle(units, float(dear * rng.random())) for units in ((0, 1), (2,), (3,), (4,)))
         rules = {0: (), 1: (Rule(((0, 1, 2, 3),), 2),), 2: (Rule(((0, 1), (2, 3)), 1),)}[groups]
         problem = Problem(units, 0, bundles if groups else (), rules)
         choices = list(every_choice(problem))
@@ -130,6 +141,19 @@ def test_a_large_model_needs_no_search() -> None:
     found = solve(problem)
     assert found.answered == "relaxation"
     assert found.gap < GAP and 0.9999 * problem.budget < found.bytes <= problem.budget
+
+
+def test_the_relaxation_leaves_no_room_for_anything_that_helps() -> None:
+    rng = np.random.default_rng(3)
+    for _ in range(20):
+        units = random_units(rng, 30, options=5)
+        problem = Problem(units, int(sum(np.mean(unit.bytes) for unit in units)))
+        found = solve(problem, gap=math.inf)
+        assert found.answered == "relaxation"
+        for unit, option in zip(units, found.options):
+            assert option is not None
+            for size, nats in zip(unit.bytes, unit.nats):
+                assert nats >= unit.nats[option] or found.bytes - unit.bytes[option] + size > problem.budget
 
 
 def test_a_search_that_ends_early_is_told_and_leaves_the_nearly_best(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,23 +381,26 @@ def test_layers_that_share_a_width_drop_as_the_best_of_all_choices_does() -> Non
     matrices, drops = model(10, experts=5, forms=GRIDS[:4]), model_drops(10, experts=5)
     facts = model_facts(experts=5)
 
-    def options(layer: int) -> Iterator[tuple[int, int, float]]:
+    def options(layer: int) -> Iterator[tuple[int, int, float, int]]:
         for grid, kept in itertools.product(GRIDS[:4], range(2, 6)):
             for stay in itertools.combinations(range(5), kept):
                 inside = [m for m in matrices if m.layer == layer and m.expert in stay]
                 lost = sum(drops[layer][e] for e in range(5) if e not in stay)
-                yield kept, sum(m.nbytes(grid) for m in inside), lost + sum(m.nats[grid] for m in inside)
+                yield kept, sum(m.nbytes(grid) for m in inside), lost + sum(m.nats[grid] for m in inside), grid.bits
 
-    budget = budget_of(matrices, 2.2)
     both = list(itertools.product(options(0), options(1)))
-    best = min(a[2] + b[2] for a, b in both if a[1] + b[1] <= budget)
-    even = min(a[2] + b[2] for a, b in both if a[1] + b[1] <= budget and a[0] == b[0])
-    found = allocate(matrices, budget, facts=facts, drops=drops, granularity="layer", gap=0.0)
-    assert found.nats == pytest.approx(best, abs=SOLVED)
-    for_vllm = allocate([replace(m, nats={g: m.nats[g] for g in GRIDS[1:4]}) for m in matrices], budget, facts=facts,
-                        drops=drops, granularity="layer", reader="vllm", gap=0.0)  # fmt: skip
-    assert len({len(for_vllm.dropped.get(layer, ())) for layer in range(2)}) == 1
-    assert for_vllm.nats is not None and for_vllm.nats >= even - SOLVED
+    for bits in (2.2, 2.7):
+        budget = budget_of(matrices, bits)
+        found = allocate(matrices, budget, facts=facts, drops=drops, granularity="layer", gap=0.0)
+        best = min(a[2] + b[2] for a, b in both if a[1] + b[1] <= budget)
+        assert found.nats == pytest.approx(best, abs=SOLVED)
+    for bits in (2.5, 2.7, 2.9, 3.1):  # wide enough for a reader without 1 bit, and with equal numbers
+        budget = budget_of(matrices, bits)
+        found = allocate(matrices, budget, facts=facts, drops=drops, granularity="layer", reader="vllm", gap=0.0)
+        even = [(a, b) for a, b in both if a[1] + b[1] <= budget and a[0] == b[0] and min(a[3], b[3]) > 1]
+        assert found.nats == pytest.approx(min(a[2] + b[2] for a, b in even), abs=SOLVED)
+        assert found.proven and found.bound is not None and found.bound <= found.nats + ROUNDING
+        assert len({len(found.dropped.get(layer, ())) for layer in range(2)}) == 1
 
 
 @pytest.mark.parametrize(
@@ -561,4 +588,5 @@ def test_table_of_widths() -> None:
         "predicted 0.500000 nats per token, at least 0.400000 at this granularity (gap 20.000%), found by CBC; "
         "it stopped"
     )
+    assert "CBC and proven the least; it" in search_line(replace(found, proven=True))
     assert search_line(replace(found, nats=None, answered="pmq")) == "chosen by pmq; no price"

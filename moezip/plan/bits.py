@@ -162,7 +162,7 @@ class _Call:
         return Allocation(
             {matrix.name: forms[matrix.name] for matrix in self.matrices if matrix.name in forms},
             solution.bytes, self.budget, weights, solution.answered, dropped,
-            solution.nats, solution.bound, solution.remark,
+            solution.nats, solution.bound, solution.remark, solution.proven,
         )  # fmt: skip
 
     def equal_counts(self, decisions: Sequence[_Decision], layers: Sequence[_Decision]) -> Allocation:
@@ -181,14 +181,16 @@ class _Call:
                 break
             relaxed.append((found.bound or 0.0, count))
         best: Allocation | None = None
+        proven = True
         for bound, count in sorted(relaxed):
             if best is not None and best.nats is not None and best.nats <= bound:
                 break
             found = self.solved([*decisions, *(each.keeping(count) for each in layers)])
+            proven = proven and found.proven
             if best is None or (found.nats or 0.0) < (best.nats or 0.0):
                 best = found
         assert best is not None
-        return replace(best, bound=min(relaxed)[0])
+        return replace(best, bound=min(relaxed)[0], proven=proven)
 
 
 def _reader(reader: str | None, granularity: str) -> Reader:

@@ -91,6 +91,7 @@ class Allocation:
         nats: predicted rise of the loss; None where the method has no price.
         bound: no choice at this granularity within the budget has fewer nats.
         answered: what chose. remark: what the reader should know of the search, or empty.
+        proven: no choice is cheaper, however far the bound is.
     """
 
     forms: Mapping[str, Form]
@@ -102,6 +103,7 @@ class Allocation:
     nats: float | None = None
     bound: float | None = None
     remark: str = ""
+    proven: bool = False
 
     @property
     def packing(self) -> dict[str, Grid]:
@@ -191,6 +193,7 @@ def search_line(allocation: Allocation) -> str:
     line = (
         f"predicted {allocation.nats:.6f} nats per token, at least {allocation.bound:.6f} at this granularity "
         f"(gap {100 * allocation.gap:.3f}%), found by {FOUND_BY.get(allocation.answered, allocation.answered)}"
+        f"{' and proven the least' if allocation.proven else ''}"
     )
     return f"{line}; {allocation.remark}" if allocation.remark else line
 
