@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -131,8 +130,3 @@ def pmq(cost: Array, budget: int) -> tuple[int, ...]:
         found.append(bits)
         state, used = before, used - bits
     return tuple(reversed(found))
-
-
-def summary(bits: Sequence[int]) -> str:
-    """Such as ``3 x 1, 2 x 2, 3 x 3 bits``."""
-    return ", ".join(f"{bits.count(width)} x {width}" for width in WIDTHS if width in bits) + " bits"
