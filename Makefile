@@ -40,7 +40,7 @@ TRANSFORMERS ?= 5.19.0 5.20.0 5.23.0
 compat: .venv/installed
 	for version in $(TRANSFORMERS); do \
 	  $(PY) -m pip install -q --no-deps --upgrade --target .compat/$$version transformers==$$version && \
-	  PYTHONPATH=.compat/$$version OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) tests/test_ragged.py $(ARGS) || exit 1; \
+	  PYTHONPATH=.compat/$$version OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) tests/test_ragged.py tests/test_packed_runtime.py $(ARGS) || exit 1; \
 	done
 
 lint: .venv/installed

@@ -389,6 +389,28 @@ def apply(
 
 
 @app.command()
+def export(
+    checkpoint: Ckpt,
+    out: Out,
+    to: Annotated[
+        str, typer.Option("--to", metavar="FORMAT", help="safetensors (plain numbers), compressed-tensors or gptq.")
+    ],
+    reader: For = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Writes a quantized checkpoint in the format of another reader; no weight changes."""
+    from moezip.console.export import show_export
+    from moezip.pipeline.export import export_command
+
+    with console.watching(quiet) as watch:
+        report = export_command(checkpoint, out, to, reader, _common(watch, overwrite=overwrite))
+    show_export(report, as_json, quiet)
+
+
+@app.command()
 def evaluate(
     checkpoint: Ckpt,
     against: Annotated[

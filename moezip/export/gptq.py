@@ -9,21 +9,32 @@ from typing import TYPE_CHECKING, Any
 from moezip.arch.spec import Architecture
 from moezip.errors import PlanError
 from moezip.export.modules import HEAD, WEIGHT, alike
-from moezip.formats.gptq import ALTER, DROP, LESS_ONE, METHOD, WRITTEN, encode
+from moezip.formats.gptq import ALTER, AS_IS, DROP, LESS_ONE, METHOD, WRITTEN, encode
 from moezip.formats.packed import WORD, Codes, Grid
 
 if TYPE_CHECKING:
     import torch
 
 
-def tensors(name: str, codes: Codes) -> dict[str, torch.Tensor]:
+def tensors(name: str, codes: Codes, *, less_one: bool = True) -> dict[str, torch.Tensor]:
     """The stored tensors of the matrix ``name`` (``....q_proj.weight``), under their full names.
+
+    Args:
+        less_one: as the checkpoint's config says (``stored_less_one``).
 
     Raises:
         CheckpointError: codes that have no such form.
     """
     stem = name.removesuffix(WEIGHT)
-    return {f"{stem}.{suffix}": tensor for suffix, tensor in encode(codes).items()}
+    return {f"{stem}.{suffix}": tensor for suffix, tensor in encode(codes, less_one=less_one).items()}
+
+
+def stored_less_one(grids: Mapping[str, Grid]) -> bool:
+    """Whether a checkpoint of these grids is written with zeros less one, which is older and read by more.
+
+    Not where zeros were chosen: one of 0 has no such form. Who reads those reads the newer form too.
+    """
+    return all(grid.symmetric for grid in grids.values())
 
 
 def quantization_config(
@@ -74,7 +85,7 @@ def quantization_config(
         **_settings(rule),
         "desc_act": False,
         "lm_head": f"{HEAD}{WEIGHT}" in grids,
-        "checkpoint_format": LESS_ONE,
+        "checkpoint_format": LESS_ONE if stored_less_one(grids) else AS_IS,
         "pack_dtype": "int32",
         "dynamic": dynamic,
     }

@@ -37,7 +37,7 @@ def tensor_bytes(source: Source) -> int:
 
 def write_checkpoint(
     view: Source,
-    plan: Plan,
+    plan: Plan | None,
     out: Path,
     *,
     text: str | None,
@@ -50,6 +50,7 @@ def write_checkpoint(
     """Writes ``view``, which is a source through ``plan``, to ``out``: all of it or nothing.
 
     Args:
+        plan: None where nothing was decided, only laid out otherwise.
         text: the model card; None where nothing changed, so that the source's own is copied.
         report: makes ``moezip/report.json`` once everything else is written.
         command: for the manifest.
@@ -74,15 +75,16 @@ def write_checkpoint(
         stage.copy_side_files(view.folder, skip=() if text is None else (CARD,))
         if text is not None:
             stage.add(CARD, text.encode())
-        stage.add(PLAN, plan.to_json().encode())
+        if plan is not None:
+            stage.add(PLAN, plan.to_json().encode())
         for name, content in (extra or {}).items():
             stage.add(name, content)
         stage.add(REPORT, report().encode())
         facts: dict[str, Any] = {
             "version": __version__,
             "command": command,
-            "source": plan.source,
-            "seed": plan.made_by.get("seed"),
+            "source": view.fingerprint if plan is None else plan.source,
+            "seed": None if plan is None else plan.made_by.get("seed"),
         }
         stage.add(MANIFEST, manifest_bytes(facts, stage.digests))
         watch(Progress("verify", 0, 1, "steps"))

@@ -24,8 +24,8 @@ class Report:
         method, settings, source, statistics: provenance.
         protected: per layer, the super experts that the guard kept.
         unrouted: per layer, how many experts no calibration token reached.
-        stock: loads in stock transformers; else ``form`` says what it is: moezip's own format (``moezip``), or the one
-            of vLLM with constants for dropped experts (``mone``).
+        stock: loads in stock transformers; else ``form`` says what it is: moezip's own format (``moezip``), the one of
+            vLLM with constants for dropped experts (``mone``), or a packed one of others.
         notes: what the user should know about the output.
     """
 
@@ -48,7 +48,7 @@ class Report:
     protected: Mapping[str, list[int]] = field(default_factory=dict)
     unrouted: Mapping[str, int] = field(default_factory=dict)
     stock: bool = True
-    form: Literal["stock", "moezip", "mone"] = "stock"
+    form: Literal["stock", "moezip", "mone", "compressed-tensors", "gptq"] = "stock"
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> str:

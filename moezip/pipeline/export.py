@@ -1,0 +1,159 @@
+"""``moezip export``: the same weights in the format of another reader."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from moezip import __version__
+from moezip.arch.experts import decoded
+from moezip.arch.layout import Layout
+from moezip.checkpoint.source import Source
+from moezip.errors import PlanError, UsageError
+from moezip.export.dense import dense
+from moezip.export.packed import as_compressed_tensors, as_gptq, codes_of, misread, unread
+from moezip.export.readers import READERS
+from moezip.export.remade import stock_config
+from moezip.export.stock import PLAN, tensor_bytes, with_source_card, write_checkpoint
+from moezip.pipeline.common import Clock, Common, Opened, opened, refuse_output
+from moezip.registry import lookup
+from moezip.report.overview import overview
+from moezip.report.report import Report, peak_rss_bytes
+
+Form = Literal["stock", "moezip", "mone", "compressed-tensors", "gptq"]
+SAFETENSORS, COMPRESSED, GPTQ = "safetensors", "compressed-tensors", "gptq"
+FORMATS = {
+    SAFETENSORS: "plain numbers, which every loader reads",
+    COMPRESSED: "the same codes as compressed-tensors names them, for vLLM and SGLang",
+    GPTQ: "the same codes as AutoGPTQ and GPTQModel lay them out, 4 or 8 bits",
+    "gguf": "llama.cpp's own files",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """What is written: a view, what it is called in reports, and what its user must be told."""
+
+    view: Source
+    form: Form
+    warnings: tuple[str, ...] = ()
+
+
+def export_of(source: Source, to: str, reader: str | None = None) -> Export:
+    """``source`` in the format ``to``, which ``reader`` must be able to read.
+
+    Raises:
+        UsageError: no such format or reader, or one that is not there yet.
+        PlanError: what the format cannot hold, or the reader does not read.
+        ArchitectureError: a quantization that moezip cannot decode.
+    """
+    lookup(to, FORMATS, "format")
+    if reader is not None:
+        lookup(reader, READERS, "reader")
+    if to == "gguf":
+        raise UsageError(
+            "GGUF files are not written yet", where="--to gguf",
+            next="use --to safetensors, and convert that with llama.cpp's convert_hf_to_gguf.py",
+        )  # fmt: skip
+    if to == SAFETENSORS:
+        return _plain(source, reader)
+    codes = codes_of(source)
+    view = as_compressed_tensors(source, codes) if to == COMPRESSED else as_gptq(source, codes)
+    refusal = None if reader is None else unread(reader, codes, view)
+    if refusal is not None:
+        raise PlanError(
+            f"{READERS[str(reader)]} would not read it: {refusal}", where=f"--for {reader}",
+            next="use --to safetensors, which every reader reads, or quantize with other settings",
+        )  # fmt: skip
+    if to == GPTQ:
+        return Export(view, "gptq")
+    wrong = misread(codes, view)
+    if wrong is None:
+        return Export(view, "compressed-tensors")
+    told = f"do not load it with transformers and compressed-tensors, which read it wrongly: {wrong}. vLLM reads it, "
+    return Export(view, "compressed-tensors", (f"{told}and so does moezip.load",))
+
+
+def _plain(source: Source, reader: str | None) -> Export:
+    view = decoded(source)
+    if view is source and Layout.of(source.config) is None:
+        raise PlanError(
+            "its weights are plain numbers in stock form already", where=source.folder, next="copy the folder"
+        )  # fmt: skip
+    if stock_config(source) is None and reader == "moezip":
+        if view is source:
+            raise PlanError("its weights are plain numbers already", where=source.folder, next="copy the folder")
+        return Export(view, "moezip")
+    return Export(dense(source), "stock")
+
+
+def export_command(checkpoint: str, out: Path, to: str, reader: str | None, common: Common) -> Report:
+    """``moezip export``: writes ``checkpoint`` in another format, and proves it complete."""
+    clock = Clock()
+    model = opened(checkpoint)
+    source = model.source
+    with clock.stage("plan"):
+        refuse_output(out, source.folder, common)
+        export = export_of(source, to, reader)
+    finished: list[Report] = []
+    begun = clock.seconds
+
+    def report() -> str:
+        stages = {**clock.stages, "write": clock.seconds - begun}
+        finished.append(replace(_report(model, export, out, to), seconds=clock.seconds, stages=stages))
+        return finished[-1].to_json()
+
+    plan = source.folder / PLAN
+    with clock.stage("write"):
+        write_checkpoint(
+            export.view,
+            None,
+            out,
+            text=card_of(model, export, to),
+            report=report,
+            command=common.command,
+            extra={PLAN: plan.read_bytes()} if plan.is_file() else None,
+            overwrite=common.overwrite,
+            watch=common.watch,
+        )
+    return replace(finished[-1], seconds=clock.seconds, stages=dict(clock.stages), peak_rss_bytes=peak_rss_bytes())
+
+
+def _report(model: Opened, export: Export, out: Path, to: str) -> Report:
+    counts = [fact.experts for fact in model.facts]
+    after = tensor_bytes(export.view)
+    return Report(
+        out=str(out),
+        bytes_before=tensor_bytes(model.source),
+        bytes_after=after,
+        bits_per_weight=8 * after / overview(model.source).parameters,
+        experts_before=counts,
+        experts_after=counts,
+        predicted_nats=None,
+        predicted_nats_reason="an export changes no weight",
+        seconds=0.0,
+        peak_rss_bytes=peak_rss_bytes(),
+        method=f"export to {to}",
+        source=str(model.source.folder),
+        stock=export.form == "stock",
+        form=export.form,
+        notes=list(export.warnings),
+    )
+
+
+def card_of(model: Opened, export: Export, to: str) -> str:
+    """The model card of an export."""
+    lines = [f"Written by moezip {__version__} from a packed checkpoint, as {FORMATS[to]}.", *_how(export)]
+    return with_source_card(model.source.folder, f"{model.architecture.name}, exported", lines)
+
+
+def _how(export: Export) -> Sequence[str]:
+    warnings = [line for warning in export.warnings for line in ("", f"**Warning:** {warning}.")]
+    if export.form == "stock":
+        code = ["from transformers import AutoModelForCausalLM"]
+        code.append('model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")')
+    else:
+        code = ["import moezip", 'model = moezip.load("path/to/this/folder")']
+    return [*warnings, "", "```python", *code, "```"]
