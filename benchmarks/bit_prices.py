@@ -3,10 +3,10 @@
     python benchmarks/bit_prices.py CKPT --calib calib --heldout heldout
 
 One streamed forward and backward pass over the calibration text and one that prices every matrix at every width. Plans
-give widths to some or all matrices, uniformly, by layer, by role or at random; each is measured as a view, so that no checkpoint is written. The codes of a plan were solved once per width, on
-the inputs of the unquantized layers. Prints the ratio of the solver's price to that of rounding, and per plan the
-predicted rise of the loss beside the measured one, on the calibration text and on held-out text, with Spearman's rank
-correlation. Markdown.
+give widths to some or all matrices, uniformly, by layer, by role or at random; each is measured as a view, so that no
+checkpoint is written. The codes of a plan were solved once per width, on the inputs of the unquantized layers. Prints
+the ratio of the solver's price to that of rounding, and per plan the predicted rise of the loss beside the measured
+one, on the calibration text and on held-out text, with Spearman's rank correlation. Markdown.
 """
 
 from __future__ import annotations

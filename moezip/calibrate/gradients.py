@@ -70,8 +70,8 @@ class Gradients:
         return found
 
     def reached(self, layer: int, expert: int) -> bool:
-        """Whether any token of the backward pass did."""
-        return bool(self._summed(layer, "routed")[expert] > 0)
+        """Whether the loss of any token depends on it: not if only last tokens of windows were routed to it."""
+        return bool(self._summed(layer, "down_grad_square")[expert].any())
 
     def _summed(self, layer: int, name: str) -> Array:
         if (layer, name) not in self._layers:

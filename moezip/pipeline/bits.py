@@ -67,8 +67,8 @@ class PriceTable:
         sampled: how many matrices of each kind that was.
         bytes: [I, W] int64, all that is stored.
         tokens: [I], on whose inputs the matrix was priced; 0: none reached it.
-        pooled: names of the matrices that no token reached, priced as an average expert of their layer on all tokens'
-            inputs. Nothing is known about them.
+        pooled: names of the matrices that no token reached whose loss is counted, priced as an average expert of their
+            layer on all tokens' inputs. Nothing is known about them.
         losses: PMQ's local loss of each expert, by layer: [E, 3] at 1, 2 and 3 bits; empty unless asked for.
     """
 
