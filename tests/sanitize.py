@@ -28,6 +28,7 @@ def exercise(library: Native) -> int:
         weight, shares = weights(rows, columns), np.array(kernels.SHRINK[::5], np.float32)
         importance, order = np.ones(columns, np.float32), np.arange(columns, dtype=np.int32)
         factor = np.eye(columns, dtype=np.float32)
+        library.gptq_factor(factor, order[::-1].copy(), 0.5)
         for bits in range(1, 9):
             for threads in (1, 3):
                 scales, zeros = library.clip_search(weight, group, bits, False, shares, importance, "F16", threads)
@@ -36,6 +37,8 @@ def exercise(library: Native) -> int:
                 library.unpack(packed, bits, columns, threads)
                 for bf16 in (False, True):
                     library.dequantize(packed, scales, zeros, group, bits, columns, bf16, threads)
+                step, zero = kernels._affine(scales, zeros.astype(np.uint8), bits)
+                library.descend(weight, factor, 0.5, codes, step, zero, bits, "F16", threads)
                 library.gptq(weight, factor, order // group, scales, zeros, bits, order, threads)
                 library.gptq_refit(
                     weight, factor, group, bits, True, shares, importance, "BF16", order, threads

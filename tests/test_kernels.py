@@ -112,6 +112,27 @@ def test_gptq_of_two_weights(backend: str):
     np.testing.assert_allclose(solved.loss, [0.9], rtol=1e-6)
 
 
+def test_descent_of_two_codes_and_a_step(backend: str):
+    """H = [[2, 1], [1, 2]], w = (0.4, 1.3), codes (0, 1), step 1, zero 0: d = (-0.4, -0.3), G = d H = (-1.1, -1),
+    E = 0.44 + 0.3 = 0.74.
+
+    Codes alone: 0 + 1.1 / 2 = 0.55 -> 1, which gains 1 (2 (-1.1) + 2) = -0.2 and makes G_1 = -1 + 1 = 0, so the other
+    stays. With the step first: u = (0, 1), so step 1 + 1 / 2 = 1.5, which gains 0.5 (-2 + 0.5 * 2) = -0.5; now
+    d = (-0.4, 0.2), G = (-0.6, 0), and 0 + 0.6 / (1.5 * 2) = 0.2 stays 0."""
+    hessian, weight = np.array([[2, 1], [1, 2]], np.float32), np.array([[0.4, 1.3]], np.float32)
+    codes, one, zero = np.array([[0, 1]], np.uint8), np.ones((1, 1), np.float32), np.zeros((1, 1), np.float32)
+    found, step, gain = kernels.descend(weight, hessian, codes, one, zero, 2, scale_dtype=None)
+    np.testing.assert_array_equal(found, [[1, 1]])
+    np.testing.assert_array_equal(step, [[1]])
+    np.testing.assert_allclose(gain, [-0.2], rtol=1e-6)
+    found, step, gain = kernels.descend(weight, hessian, codes, one, zero, 2)
+    np.testing.assert_array_equal(found, [[0, 1]])
+    np.testing.assert_array_equal(step, [[1.5]])
+    np.testing.assert_allclose(gain, [-0.5], rtol=1e-6)
+    np.testing.assert_array_equal(codes, [[0, 1]])
+    np.testing.assert_array_equal(one, [[1]])
+
+
 def test_words_of_three_bits(backend: str):
     """1 + 2 * 8 + 3 * 64 = 209. The eleventh code, 5 = 101 in bits, lies at bits 30, 31 and 32: the first word gets bit
     30, the second its lowest bit."""
@@ -203,6 +224,65 @@ def test_blocks_make_up_the_whole(backend: str):
         )  # fmt: skip
         np.testing.assert_array_equal(block.codes, whole.codes[:, start:end])
         weight[:, :start] -= block.errors @ factor[:start, start:end].T
+
+
+@pytest.mark.parametrize("columns", [1, 11, 12, 48, 49, 131])
+def test_the_factor_is_one_of_the_inverse(backend: str, columns: int):
+    """U U' (H + damping) = 1, with rows and columns of H in the order of their places; nothing below the diagonal."""
+    hessian, order = moment(columns), np.random.default_rng(1).permutation(columns).astype(np.int32)
+    factor = kernels.gptq_factor(hessian.astype(np.float32), order=order, damping=0.25).astype(np.float64)
+    np.testing.assert_array_equal(factor, np.triu(factor))
+    damped = hessian[np.ix_(order, order)] + 0.25 * np.eye(columns)
+    np.testing.assert_allclose(factor @ factor.T @ damped, np.eye(columns), atol=SUMS)
+
+
+@pytest.mark.parametrize(("bits", "dtype"), [(1, "F16"), (2, "F16"), (3, "BF16"), (4, None), (8, "F32")])
+@pytest.mark.parametrize(("rows", "columns", "group"), SHAPES)
+def test_descent_gains_what_it_says(backend: str, rows: int, columns: int, group: int, bits: int, dtype: str | None):
+    """E in float64, before and after; it never rises, and steps are as they are stored."""
+    weight, hessian, damping = weights(rows, columns), moment(columns), 0.1
+    scales, zeros = kernels.minmax(weight, group, bits, False, scale_dtype=dtype or "F16")
+    codes = kernels.round_codes(weight, scales, zeros, group, bits)
+    step, zero = kernels._affine(scales, zeros, bits)
+
+    def error(codes: np.ndarray, step: np.ndarray) -> np.ndarray:
+        values = step[..., None] * (codes.reshape(rows, -1, group) - zero[..., None].astype(np.float64))
+        return quadratic(values.reshape(rows, columns) - weight, hessian + damping * np.eye(columns))
+
+    before = error(codes, step)
+    found, moved, gain = kernels.descend(
+        weight, hessian.astype(np.float32), codes, step, zero, bits, damping=damping, scale_dtype=dtype
+    )
+    after = error(found, moved)
+    np.testing.assert_allclose(after - before, gain, atol=LOSS * before.max())
+    assert (gain <= 0).all()
+    assert rows < 64 or bits == 8 or after.sum() < 0.99 * before.sum()
+    assert found.max() < 2**bits
+    if dtype is None:
+        np.testing.assert_array_equal(moved, step)
+    else:
+        np.testing.assert_array_equal(reference.stored_step(moved, bits, dtype), moved)
+
+
+def test_steps_are_rounded_as_half_precision_rounds(library: Any):
+    """Normal, subnormal and too large: w = 3 s with code 3 and step 1.1 s wants the step s, which must come out as the
+    nearest fp16 number, or stay where there is none."""
+    wanted = np.array([[1.0001], [3.3e-5], [7e-6], [1e5]], np.float32)
+    weight = np.repeat(3 * wanted, 2, 1)
+    step, zero = (wanted * np.float32(1.1)), np.zeros((4, 1), np.float32)
+    codes = np.full((4, 2), 3, np.uint8)
+    hessian = np.eye(2, dtype=np.float32)
+    found = library.descend(weight, hessian, 0.0, codes, step, zero, 2, "F16", 1)[1]
+    np.testing.assert_array_equal(found[:3], wanted[:3].astype(np.float16).astype(np.float32))
+    np.testing.assert_array_equal(found[3], step[3])
+
+
+def test_a_column_that_no_input_reached_keeps_its_code(backend: str):
+    hessian = np.diag([1, 0]).astype(np.float32)
+    weight, codes = np.array([[3, 3]], np.float32), np.array([[1, 1]], np.uint8)
+    one, zero = np.ones((1, 1), np.float32), np.zeros((1, 1), np.float32)
+    found = kernels.descend(weight, hessian, codes, one, zero, 2, scale_dtype=None)[0]
+    np.testing.assert_array_equal(found, [[3, 1]])
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
@@ -352,6 +432,18 @@ def refusals() -> Iterator[tuple[str, Callable[[], Any], str]]:
     yield "candidates", lambda: kernels.clip_search(weight, 32, 4, False, candidates=-scales[0]), "candidates"
     yield "importance", lambda: kernels.clip_search(weight, 32, 4, False, importance=-weight[0]), "importance"
     yield "refit order", lambda: kernels.gptq_refit(weight, factor, 32, 4, False, order=shuffled), "apart"
+    step, zero, codes = scales, scales - 1, np.zeros((4, 64), np.uint8)
+
+    def descend(**changed: Any) -> Callable[[], Any]:
+        given = {"weight": weight, "hessian": factor, "codes": codes, "step": step, "zero": zero, "bits": 4}
+        return lambda: kernels.descend(**{**given, **changed})
+
+    yield "descent hessian", descend(hessian=factor[:32, :32].copy()), "hessian is"
+    yield "descent codes", descend(codes=codes + np.uint8(16)), "does not fit in 4 bits"
+    yield "descent step", descend(step=step * 0), "step is zero"
+    yield "descent groups", descend(step=np.ones((4, 3), np.float32)), "do not belong"
+    yield "descent scales", descend(scale_dtype="F8"), "F16, BF16 or F32"
+    yield "factor order", lambda: kernels.gptq_factor(factor, order=np.zeros(64, np.int32)), "no permutation"
     yield "codes too large", lambda: kernels.pack(np.full((2, 8), 4, np.uint8), 2), "does not fit in 2 bits"
     yield "codes dtype", lambda: kernels.pack(words, 2), "codes is a int32"
     yield "words", lambda: kernels.unpack(words, 3, 64), "do not hold 64 codes of 3 bits"
@@ -370,7 +462,7 @@ def test_bad_arguments_never_reach_the_kernels(monkeypatch: pytest.MonkeyPatch, 
         call()
 
 
-def test_a_matrix_that_is_not_positive_definite():
+def test_a_matrix_that_is_not_positive_definite(backend: str):
     with pytest.raises(np.linalg.LinAlgError, match="damp it more"):
         kernels.gptq_factor(np.array([[1, 2], [2, 1]], np.float32))
 

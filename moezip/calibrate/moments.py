@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moezip import kernels
 from moezip.calibrate.data import Rows
 from moezip.calibrate.experts import Taken
 from moezip.calibrate.hidden import HiddenStates
@@ -24,7 +25,7 @@ from moezip.calibrate.stream import Stream
 if TYPE_CHECKING:
     import torch
 
-# Tokens whose inputs are turned into float32 at a time.
+# Tokens whose inputs are turned into float32 at a time, on a device.
 CHUNK = 2048
 
 
@@ -51,14 +52,26 @@ def second_moment(x: torch.Tensor, weights: torch.Tensor | None = None) -> Momen
 
     With weights the count stays that of the tokens, so a solver's damping and shrinkage see the same evidence.
     """
+    mass = x.shape[0] if weights is None else float(weights.sum())
+    return Moment(_products(x, weights), x.shape[0], mass)
+
+
+def _products(x: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """The sum itself: on the CPU by moezip's kernel, which needs no copy in float32 and half of the products."""
     import torch
 
     total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
+    if x.device.type == "cpu":
+        given = x.detach().contiguous()
+        values = given.view(torch.uint16) if x.dtype == torch.bfloat16 else given.float()
+        shares = None if weights is None else weights.detach().float().contiguous().numpy()
+        kernels.second_moment(values.numpy(), total.numpy(), weights=shares)
+        return total
     for start in range(0, x.shape[0], CHUNK):
         part = x[start : start + CHUNK].float()
         scaled = part if weights is None else part * weights[start : start + CHUNK, None].float()
         total.addmm_(part.T, scaled)
-    return Moment(total, x.shape[0], x.shape[0] if weights is None else float(weights.sum()))
+    return total
 
 
 class _Seen(threading.local):

@@ -214,17 +214,9 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """int32 [R, ceil(C * bits / 32)] of uint8 codes [R, C] below 2**bits."""
     import torch
 
-    rows, columns = codes.shape
-    blocks = -(-columns // WORD)
-    padded = torch.nn.functional.pad(codes, (0, blocks * WORD - columns)).view(rows, blocks, WORD)
-    packed = torch.zeros((rows, blocks, bits), dtype=torch.int32, device=codes.device)
-    for place in range(WORD):  # the 32 codes of a block fill its words exactly
-        word, offset = divmod(place * bits, WORD)
-        code = padded[:, :, place].to(torch.int32)
-        packed[:, :, word] |= code << offset
-        if offset + bits > WORD:
-            packed[:, :, word + 1] |= code >> (WORD - offset)
-    return packed.view(rows, blocks * bits)[:, : words(columns, bits)].contiguous()
+    from moezip import kernels
+
+    return torch.from_numpy(kernels.pack(codes.detach().cpu().contiguous().numpy(), bits)).to(codes.device)
 
 
 def unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
@@ -235,21 +227,12 @@ def unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     """
     import torch
 
-    rows, width = packed.shape
-    blocks = -(-columns // WORD)
-    filled = torch.nn.functional.pad(packed, (0, blocks * bits - width)).view(rows, blocks, bits)
-    codes = torch.empty((rows, blocks, WORD), dtype=torch.uint8, device=packed.device)
-    for place in range(WORD):
-        word, offset = divmod(place * bits, WORD)
-        low = min(bits, WORD - offset)  # shifting an int32 right repeats its sign, so every part is masked
-        code = (filled[:, :, word] >> offset) & ((1 << low) - 1)
-        if low < bits:
-            code |= (filled[:, :, word + 1] & ((1 << (bits - low)) - 1)) << low
-        codes[:, :, place] = code.to(torch.uint8)
-    flat = codes.view(rows, blocks * WORD)
-    if bool(flat[:, columns:].any()):
-        raise CheckpointError(f"bits behind the last of {columns} codes are set", next="download the checkpoint again")
-    return flat[:, :columns].contiguous()
+    from moezip import kernels
+
+    if columns * bits % WORD:
+        _require_clear(packed[:, -1], bits, columns, None)
+    found = kernels.unpack(packed.detach().cpu().contiguous().numpy(), bits, columns)
+    return torch.from_numpy(found).to(packed.device)
 
 
 def encode(codes: Codes) -> dict[str, torch.Tensor]:

@@ -50,8 +50,12 @@ class Solved:
     zeros: Bytes | None
 
 
-def gptq_factor(hessian: Floats) -> Floats:
+def gptq_factor(hessian: Floats, *, order: NDArray[np.int32] | None = None, damping: float = 0.0) -> Floats:
     """The triangular matrix that ``gptq`` needs, from a symmetric positive definite one [C, C] (which is kept).
+
+    Args:
+        order: int32 [C], a permutation: place i of the factor is column ``order[i]`` of the matrix.
+        damping: added to the diagonal.
 
     Returns:
         U, upper triangular and row-major, with ``U U' = inv(hessian)``. Columns are quantized from the last to the
@@ -60,20 +64,62 @@ def gptq_factor(hessian: Floats) -> Floats:
 
     Raises:
         numpy.linalg.LinAlgError: the matrix is not positive definite in fp32; damp it more.
+        ValueError: arguments that do not fit together.
     """
     import numpy as np
-    from scipy.linalg import lapack
 
     from moezip.kernels import check
 
     check.matrix("hessian", hessian, np.float32, square=True)
-    # Row-major and symmetric is column-major and symmetric: LAPACK reads a transposed view without a copy of its own.
-    lower, info = lapack.spotrf(hessian.T, lower=1, clean=1)
-    if info == 0:
-        lower, info = lapack.strtri(lower, lower=1, overwrite_c=1)
-    if info or not np.isfinite(lower[-1]).all():
-        raise np.linalg.LinAlgError(f"the hessian is not positive definite (LAPACK says {info}); damp it more")
-    return np.ascontiguousarray(lower.T)
+    places = check.order(order, len(hessian))
+    factor: Floats | None = _backend().gptq_factor(hessian, places, damping)
+    if factor is None:
+        raise np.linalg.LinAlgError("the hessian is not positive definite; damp it more")
+    return factor
+
+
+def descend(
+    weight: Floats,
+    hessian: Floats,
+    codes: Bytes,
+    step: Floats,
+    zero: Floats,
+    bits: int,
+    *,
+    damping: float = 0.0,
+    scale_dtype: str | None = "F16",
+    threads: int = 1,
+) -> tuple[Bytes, Floats, NDArray[np.float64]]:
+    """One pass of coordinate descent on ``E = dW H dW'`` of each row: group by group, the step, then code after code.
+
+    A weight is ``step (code - zero)`` here, at one bit too. With all others standing still, E is a parabola in one step
+    and in one code, and each goes to the stored step, or the code, that is nearest to its lowest point (codes:
+    CDQuant, arXiv 2406.17542). A step that would lose by its own rounding, or fall below 0.3 of what it was, stays.
+
+    Args:
+        weight: [R, C]. hessian: [C, C], symmetric. damping: added to its diagonal.
+        codes: uint8 [R, C]. step: [R, G], positive. zero: [R, G]. All are kept.
+        scale_dtype: what new steps are rounded to as scales, as of ``clip_search``; None: steps stand still.
+
+    Returns:
+        Codes, steps, and float64 [R], how much E changed: not above 0, up to rounding.
+
+    Raises:
+        ValueError: arguments that do not fit together.
+    """
+    import numpy as np
+
+    from moezip.kernels import check
+
+    check.width(bits)
+    check.threads(threads)
+    check.matrix("weight", weight, np.float32)
+    check.matrix("hessian", hessian, np.float32, square=True)
+    check.matrix("codes", codes, np.uint8)
+    check.descent(weight, hessian, codes, step, zero, bits)
+    if scale_dtype is not None:
+        check.stored(scale_dtype)
+    return _backend().descend(weight, hessian, damping, codes, step, zero, bits, scale_dtype, threads)
 
 
 def gptq(

@@ -97,12 +97,34 @@ def order(given: Any, columns: int) -> NDArray[np.int32]:
     return given
 
 
+def stored(scale_dtype: str) -> None:
+    if scale_dtype not in ("F16", "BF16", "F32"):
+        raise ValueError(f"scales are F16, BF16 or F32, not {scale_dtype!r}")
+
+
+def descent(weight: Any, hessian: Any, codes: Any, step: Any, zero: Any, bits: int) -> None:
+    """Codes [R, C] of a weight [R, C] and a hessian [C, C]; steps that are positive and zeros, both [R, G]."""
+    rows, columns = weight.shape
+    if hessian.shape[0] != columns or codes.shape != weight.shape:
+        raise ValueError(
+            f"hessian is {list(hessian.shape)} and codes are {list(codes.shape)} for a weight of {[rows, columns]}"
+        )
+    if codes.size and codes.max() >= 2**bits:
+        raise ValueError(f"a code of {codes.max()} does not fit in {bits} bits")
+    matrix("step", step, np.float32)
+    matrix("zero", zero, np.float32)
+    groups = step.shape[1]
+    if step.shape != (rows, groups) or zero.shape != step.shape or not groups or columns % groups:
+        raise ValueError(f"steps {list(step.shape)} and zeros {list(zero.shape)} do not belong to {[rows, columns]}")
+    if step.size and not (step.min() > 0 and step.max() < np.inf):
+        raise ValueError("a step is zero, negative or not finite")
+
+
 def search(
     candidates: Any, importance: Any, columns: int, scale_dtype: str
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Shares [K] and importance [columns], with their defaults."""
-    if scale_dtype not in ("F16", "BF16", "F32"):
-        raise ValueError(f"scales are F16, BF16 or F32, not {scale_dtype!r}")
+    stored(scale_dtype)
     if candidates is None:
         candidates = np.array(SHRINK, np.float32)
     vector("candidates", candidates, np.float32, len(candidates))

@@ -18,11 +18,13 @@ from moezip.kernels.reference import DROPPED
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
-# Arguments of each function, by letter: p address, l int64, i int.
-_KINDS = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int}
+# Arguments of each function, by letter: p address, l int64, i int, f float.
+_KINDS = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
 _ARGUMENTS = {
     "moezip_gptq": "ii pll pl plpp i p lii pl p ppp",
     "moezip_clip": "ii pll liii pl p pp",
+    "moezip_factor": "i pl p f p",
+    "moezip_descend": "ii pll pf ll pp iii p p",
     "moezip_round": "ii pll pp li p",
     "moezip_pack": "ii pll i pl",
     "moezip_unpack": "ii pll i l p",
@@ -30,6 +32,7 @@ _ARGUMENTS = {
     "moezip_moment": "ii ppp ll p",
 }
 _FAILURES = {1: "out of memory in a kernel"}
+_NOT_DEFINITE = 3
 
 
 class StaleError(Exception):
@@ -69,10 +72,39 @@ class Native:
         self._set = best if isa is None else self.sets.index(isa)
         self.isa = self.sets[self._set]
 
-    def _call(self, name: str, threads: int, *arguments: int | None) -> None:
-        failed = getattr(self._library, name)(self._set, threads, *arguments)
-        if failed:
-            raise MemoryError(_FAILURES.get(failed, f"a kernel failed with {failed}"))
+    def _call(self, name: str, threads: int, *arguments: float | None) -> None:
+        _require(getattr(self._library, name)(self._set, threads, *arguments))
+
+    def gptq_factor(self, hessian: Floats, order: NDArray[np.int32], damping: float) -> Floats | None:
+        factor = np.empty_like(hessian)
+        failed = self._library.moezip_factor(
+            self._set, _at(hessian), len(hessian), _at(order), damping, _at(factor)
+        )  # fmt: skip
+        if failed == _NOT_DEFINITE:
+            return None
+        _require(failed)
+        return factor
+
+    def descend(
+        self,
+        weight: Floats,
+        hessian: Floats,
+        damping: float,
+        codes: Bytes,
+        step: Floats,
+        zero: Floats,
+        bits: int,
+        scale_dtype: str | None,
+        threads: int,
+    ) -> tuple[Bytes, Floats, NDArray[np.float64]]:
+        codes, step, gain = codes.copy(), step.copy(), np.empty(len(weight), np.float64)
+        rows, columns = weight.shape
+        count = step.shape[1]
+        self._call(
+            "moezip_descend", threads, _at(weight), rows, columns, _at(hessian), damping, columns // count, count,
+            _at(step), _at(zero), bits, scale_dtype is not None, DROPPED[scale_dtype or "F32"], _at(codes), _at(gain),
+        )  # fmt: skip
+        return codes, step, gain
 
     def gptq(
         self,
@@ -180,6 +212,11 @@ class Native:
             "moezip_moment", threads, None if halves else _at(x), _at(x) if halves else None, _at(weights),
             *x.shape, _at(out),
         )  # fmt: skip
+
+
+def _require(failed: int) -> None:
+    if failed:
+        raise MemoryError(_FAILURES.get(failed, f"a kernel failed with {failed}"))
 
 
 def _outputs(rows: int, columns: int) -> tuple[Bytes, Floats, Floats]:

@@ -23,12 +23,37 @@ SMALLEST = np.float32(2.0**-126)
 DROPPED = {"F32": 0, "F16": 13, "BF16": 16}
 
 
+# A new step below this share of the old one is not taken: the codes would no longer be near.
+LEAST_STEP = np.float32(0.3)
+
+# Columns that tell each other of their moves at once; those behind them hear of all together, in one product.
+NEAR = 16
+
+# The smallest fp16 number with all its bits, and the largest.
+HALF = np.float32(2.0**-14), np.float32(65504)
+
+
 def quantized(weight: Floats, scale: Floats, zero: Floats, bits: int) -> Floats:
     """Codes as floats: ``clamp(rint(weight / scale + zero), 0, 2**bits - 1)``, ties to even; NaN becomes 0."""
     top = np.float32(2**bits - 1)
     place = weight * (np.float32(1) / scale) + zero
     place = np.where(place > 0, place, np.float32(0))
     return np.rint(np.where(place < top, place, top))
+
+
+def gptq_factor(hessian: Floats, order: NDArray[np.int32], damping: float) -> Floats | None:
+    """U, or None where the damped matrix is not positive definite. LAPACK's sums run in another order."""
+    from scipy.linalg import lapack
+
+    ordered = hessian[np.ix_(order, order)]
+    ordered.flat[:: len(order) + 1] += np.float32(damping)
+    # Row-major and symmetric is column-major and symmetric: LAPACK reads a transposed view without a copy of its own.
+    lower, info = lapack.spotrf(ordered.T, lower=1, clean=1, overwrite_a=1)
+    if info == 0:
+        lower, info = lapack.strtri(lower, lower=1, overwrite_c=1)
+    if info or not np.isfinite(lower[-1]).all():
+        return None
+    return np.ascontiguousarray(lower.T)
 
 
 def gptq(
@@ -239,3 +264,97 @@ def second_moment(x: NDArray, out: Floats, weights: Floats | None, threads: int)
         x = (x.astype(np.uint32) << 16).view(np.float32)
     product = x.T @ (x if weights is None else x * weights[:, None])
     out += np.float32(0.5) * (product + product.T)
+
+
+def stored_step(step: Floats, bits: int, dtype: str) -> Floats:
+    """What a step [R] is once its scale was stored, ties to even; 0 where the scale is too large for ``dtype``."""
+    factor = np.float32(0.5 if bits == 1 else 1)
+    scale = step * factor
+    kept = stored(scale, dtype)
+    if dtype == "F16":
+        least, most = HALF
+        half = np.float32(0.5)
+        kept = np.where(scale < least, (scale + half) - half, np.where(kept > most, np.float32(0), kept))
+    return (kept / factor).astype(np.float32)
+
+
+def descend(
+    weight: Floats,
+    hessian: Floats,
+    damping: float,
+    codes: Bytes,
+    step: Floats,
+    zero: Floats,
+    bits: int,
+    scale_dtype: str | None,
+    threads: int,
+) -> tuple[Bytes, Floats, NDArray[np.float64]]:
+    """Codes [R, C], steps [R, G], and how much the error of each row changed [R].
+
+    Products add in another order than the C++ code: codes may differ where two are as good within rounding.
+    """
+    rows, count = step.shape
+    width = weight.shape[1] // count
+    codes, step, gained = codes.copy(), step.copy(), np.zeros(rows)
+    slope: Floats
+    grouped = codes.reshape(rows, count, width).astype(np.float32)
+    changes = ((grouped - zero[..., None]) * step[..., None]).reshape(weight.shape) - weight
+    for group in range(count):
+        part = slice(group * width, (group + 1) * width)
+        inner = hessian[part, part].copy()
+        inner.flat[:: width + 1] += np.float32(damping)
+        slope = changes @ hessian[:, part] + np.float32(damping) * changes[:, part]
+        if scale_dtype is not None:
+            unit = codes[:, part].astype(np.float32) - zero[:, group, None]
+            turned = unit @ inner
+            best, gain = _best_step(unit, slope, turned, step[:, group], bits, scale_dtype)
+            shift = (best - step[:, group])[:, None]
+            changes[:, part] += shift * unit
+            slope += shift * turned
+            step[:, group] = best
+            gained += gain
+        old = codes[:, part].astype(np.float32)
+        new, gain = _best_codes(old, slope / step[:, group, None], inner, 2**bits - 1)
+        codes[:, part] = new
+        changes[:, part] += (new - old) * step[:, group, None]
+        gained += gain * step[:, group].astype(np.float64) ** 2
+    return codes, step, gained
+
+
+def _best_step(
+    unit: Floats, slope: Floats, turned: Floats, step: Floats, bits: int, scale_dtype: str
+) -> tuple[Floats, NDArray[np.float64]]:
+    """The best step of one group per row, and what it gains, both [R]."""
+    curve, along = (unit * turned).sum(1), (unit * slope).sum(1)
+    best = step - np.divide(along, curve, out=np.zeros_like(along), where=curve > 0)
+    best = stored_step(np.where(best > LEAST_STEP * step, best, step), bits, scale_dtype)
+    move = (best - step).astype(np.float64)
+    gain = move * (2 * along + move * curve)
+    taken = (gain < 0) & (best > 0)
+    return np.where(taken, best, step), np.where(taken, gain, 0)
+
+
+def _best_codes(codes: Floats, slope: Floats, inner: Floats, top: int) -> tuple[Floats, NDArray[np.float64]]:
+    """The best codes of one group, column after column: float32 [R, g], and what they gain in steps squared, [R].
+
+    In units of the step: v_j - G_j / H_jj is the code less slope_j / H_jj, whatever the zero.
+    """
+    held = codes.T.copy()  # [g, R]: a column is one run of memory
+    slope = np.ascontiguousarray(slope.T)
+    moves = np.empty_like(held)
+    heights = inner.diagonal()
+    inverses = np.divide(np.float32(1), heights, out=np.zeros_like(heights), where=heights > 0)
+    for start in range(0, len(held), NEAR):
+        stop = min(start + NEAR, len(held))
+        for column in range(start, stop):
+            move = np.multiply(slope[column], -inverses[column], out=moves[column])
+            move += held[column]
+            np.rint(move, out=move)
+            np.minimum(np.maximum(move, 0, out=move), top, out=move)
+            move -= held[column]
+            slope[column + 1 : stop] += inner[column + 1 : stop, column, None] * move
+        slope[stop:] += inner[stop:, start:stop] @ moves[start:stop]
+    # the slope of each column is still the one that its move was made on
+    gained = (moves * (2 * slope + moves * heights[:, None])).sum(0, dtype=np.float64)
+    held += moves
+    return np.ascontiguousarray(held.T), gained

@@ -51,6 +51,21 @@ def checks(native: Any, rows: int, columns: int, widths: Iterable[int], threads:
         same_loss = abs(found[2].sum() - true[2].sum()) <= LOSS * true[2].sum()
         return bool(same_loss and (found[0] != true[0]).mean() <= CODES)
 
+    hessian = inputs.T @ inputs / np.float32(len(inputs))
+
+    def factor_agrees() -> bool:
+        found, true = (each.gptq_factor(hessian, order[::-1].copy(), 0.1) for each in (native, reference))
+        singular = native.gptq_factor(np.ones_like(hessian), order, 0.0)
+        return found is not None and singular is None and bool(np.abs(found - true).max() <= SUMS * true.max())
+
+    def descent_agrees(bits: int, dtype: str | None) -> bool:
+        step, zero = np.full((rows, columns // group), 0.02, np.float32), np.ones((rows, columns // group), np.float32)
+        codes = reference.round_codes(weight, step, zero, group, bits, 1)
+        given = (weight, hessian, 0.1, codes, step, zero, bits, dtype)
+        found, true = native.descend(*given, threads), reference.descend(*given, 1)
+        same_gain = abs(found[2].sum() - true[2].sum()) <= LOSS * -true[2].sum()
+        return bool(same_gain and (found[0] != true[0]).mean() <= CODES)
+
     def moment(x: np.ndarray, weights: np.ndarray | None) -> bool:
         found, true = np.ones((2, columns, columns), np.float32)
         native.second_moment(x, found, weights, threads)
@@ -76,6 +91,8 @@ def checks(native: Any, rows: int, columns: int, widths: Iterable[int], threads:
 
         return agree
 
+    yield "factor", factor_agrees
+    yield "descent", lambda: descent_agrees(3, "F16") and descent_agrees(1, "BF16") and descent_agrees(2, None)
     for bits in widths:
         yield f"{bits} bits", at(bits, symmetric=bits % 2 == 1)
     yield "second moment", lambda: moment(inputs, None)

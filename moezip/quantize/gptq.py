@@ -115,19 +115,16 @@ def factor(hessian: torch.Tensor, params: GptqParams) -> Factor | None:
     mean = float(diagonal.mean(dtype=np.float64))
     if mean <= 0:
         return None
-    order = np.arange(len(given))[::-1]
-    if params.order == "activity":
-        order = np.argsort(-diagonal, kind="stable")[::-1]
+    natural = np.arange(len(given)) if params.order == "natural" else np.argsort(-diagonal, kind="stable")
+    order = np.ascontiguousarray(natural[::-1], np.int32)
     share = params.damp
     while share <= MOST_DAMPING:
-        ordered = given[np.ix_(order, order)]
-        ordered.flat[:: len(given) + 1] += np.float32(share * mean)
         try:
-            upper = kernels.gptq_factor(ordered)
+            upper = kernels.gptq_factor(given, order=order, damping=share * mean)
         except np.linalg.LinAlgError:
             share = max(10 * share, LEAST_RAISED)
         else:
-            return Factor(given, order.astype(np.int32), upper, share * mean, share, share > params.damp)
+            return Factor(given, order, upper, share * mean, share, share > params.damp)
     raise MoezipError(
         f"a hessian of {len(given)} columns cannot be factored, whatever is added to its diagonal",
         next="calibrate with more text, or in float32; --solver rtn needs no hessian",

@@ -8,7 +8,7 @@
 
 namespace moezip {
 
-enum { OK = 0, NO_MEMORY = 1, NO_THREAD = 2 };
+enum { OK = 0, NO_MEMORY = 1, NO_THREAD = 2, NOT_DEFINITE = 3 };
 
 // How the scales of a group are searched; see clip_search in kernels/__init__.py.
 struct Search {
@@ -36,6 +36,29 @@ struct Gptq {
   uint8_t* codes;        // [rows, columns] of the weight
   float* errors;         // [rows, columns] by place
   float* loss;           // [rows]
+};
+
+struct Factor {
+  const float* hessian;  // [columns, columns], symmetric
+  int64_t columns;
+  const int32_t* order;  // [columns]: place -> column of the matrix
+  float damping;         // added to the diagonal
+  float* factor;         // [columns, columns] by place
+};
+
+struct Descent {
+  const float* weight;  // [rows, columns]
+  int64_t rows, columns;
+  const float* hessian;  // [columns, columns], symmetric
+  float damping;         // added to its diagonal
+  int64_t group, count;  // columns of a group, groups
+  float* step;           // [rows, count], changed in place unless they stand still
+  const float* zero;     // [rows, count]
+  int bits;
+  bool steps;   // move steps too
+  int dropped;  // bits cut off a stored scale's significand, as in Search
+  uint8_t* codes;  // [rows, columns], changed in place
+  double* gain;    // [rows]
 };
 
 struct Clip {
@@ -77,6 +100,8 @@ struct Kernels {
   bool exact_halves;   // bf16 stays bf16 in panels: two tokens share a lane
   int (*gptq)(const Gptq&, int64_t first, int64_t last);
   int (*clip)(const Clip&, int64_t first, int64_t last);
+  int (*factor)(const Factor&);
+  int (*descend)(const Descent&, int64_t first, int64_t last);
   int (*round)(const Codes&, int64_t first, int64_t last);
   int (*pack)(const Codes&, int64_t first, int64_t last);
   int (*unpack)(const Codes&, int64_t first, int64_t last);

@@ -1,7 +1,8 @@
 // The library's face: plain C functions over plain arrays, threads, and the choice of the instruction set.
 //
 // Every function takes the number of an instruction set (moezip_best() names the best one here) and of threads, keeps
-// no state, and returns 0, or 1 where memory or 2 where a thread could not be had. Arguments are not checked here.
+// no state, and returns 0, or 1 where memory or 2 where a thread could not be had, 3 where a matrix is not positive
+// definite. Arguments are not checked here.
 #include "kernels.h"
 
 #include <atomic>
@@ -114,6 +115,20 @@ MOEZIP_API int moezip_clip(int set, int threads, const float* weight, int64_t ro
                     scales, zeros};
   const Kernels& use = *SETS[set];
   return share(threads, rows, use.tile, [&](int64_t first, int64_t last) { return use.clip(job, first, last); });
+}
+
+MOEZIP_API int moezip_factor(int set, const float* hessian, int64_t columns, const int32_t* order, float damping,
+                             float* out) {
+  return SETS[set]->factor({hessian, columns, order, damping, out});
+}
+
+MOEZIP_API int moezip_descend(int set, int threads, const float* weight, int64_t rows, int64_t columns,
+                              const float* hessian, float damping, int64_t group, int64_t count, float* step,
+                              const float* zero, int bits, int steps, int dropped, uint8_t* codes, double* gain) {
+  const Descent job = {weight, rows, columns, hessian,    damping, group, count, step,
+                       zero,   bits, steps != 0, dropped, codes,   gain};
+  const Kernels& use = *SETS[set];
+  return share(threads, rows, use.tile, [&](int64_t first, int64_t last) { return use.descend(job, first, last); });
 }
 
 MOEZIP_API int moezip_round(int set, int threads, const float* weight, int64_t rows, int64_t columns,

@@ -1,6 +1,8 @@
 // One instruction set's copy of all kernels: this file is compiled once for each, with its flags and MOEZIP_ISA its name.
 #include "codes.cpp"
 #include "gptq.cpp"
+#include "descent.cpp"
+#include "factor.cpp"
 #include "moment.cpp"
 
 namespace moezip {
@@ -10,8 +12,9 @@ namespace MOEZIP_ISA {
 #define MOEZIP_QUOTED(NAME) #NAME
 
 extern const Kernels kernels;
-const Kernels kernels = {MOEZIP_TEXT(MOEZIP_ISA), TILE, PANEL,  EXACT_HALVES, gptq,         clip,
-                         round,                   pack, unpack, dequantize,   moment_panel, moment_block};
+const Kernels kernels = {MOEZIP_TEXT(MOEZIP_ISA), TILE,    PANEL, EXACT_HALVES, gptq,   clip,
+                         factor,                  descend, round, pack,         unpack, dequantize,
+                         moment_panel,            moment_block};
 
 }  // namespace MOEZIP_ISA
 }  // namespace moezip
