@@ -85,7 +85,7 @@ def top(
     """Options of the program itself."""
 
 
-def size_of(text: str | None) -> int | None:
+def size_of(text: str | None, option: str = "--max-memory") -> int | None:
     """Bytes from ``8GiB``, ``500MB`` or a plain number. Raises UsageError for anything else."""
     if text is None:
         return None
@@ -98,8 +98,21 @@ def size_of(text: str | None) -> int | None:
     except (ValueError, KeyError, OverflowError):
         count = 0
     if count <= 0:
-        raise UsageError(f"{text!r} is no size", where="--max-memory", next="write it like 8GiB, 500MB or 1073741824")
+        raise UsageError(f"{text!r} is no size", where=option, next="write it like 8GiB, 500MB or 1073741824")
     return count
+
+
+def share_or_size(text: str | None) -> float | None:
+    """Bytes from ``6GiB``, or a share of 1 from ``40%``. Raises UsageError for anything else."""
+    if text is None or not text.strip().endswith("%"):
+        return size_of(text, "--size")
+    try:
+        share = float(text.strip()[:-1]) / 100
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise UsageError(f"{text!r} is no share of the source", where="--size", next="write it like 40%, or like 6GiB")
+    return share
 
 
 def settings_of(texts: Sequence[str] | None) -> dict[str, str]:
@@ -147,9 +160,10 @@ def methods(
 ) -> None:
     """The compression methods, from the program's own table."""
     from moezip.prune import METHODS, PROFILES
+    from moezip.quantize import METHODS as SOLVERS
     from moezip.registry import lookup
 
-    every = (*METHODS, *PROFILES)
+    every = (*METHODS, *PROFILES, *SOLVERS)
     if name is not None:
         results.explain(lookup(name, {method.name: method for method in every}, "method"), as_json)
         return
@@ -319,8 +333,26 @@ def prune(
 def quantize(
     checkpoint: Ckpt,
     out: Out,
-    bits: Annotated[float, typer.Option("--bits", help="Bits of the codes: a whole number from 1 to 8.")],
+    bits: Annotated[
+        float | None,
+        typer.Option("--bits", help="Bits of the codes; with lp, outlier and block stored bits per weight."),
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option("--size", help="Size of the output instead, such as 6GiB, or 40% of the source's.")
+    ] = None,
     solver: Annotated[str, typer.Option("--solver", help="gptq (needs text) or rtn; see `moezip methods`.")] = "gptq",
+    allocate: Annotated[
+        str,
+        typer.Option(
+            "--allocate",
+            help="uniform: one width. lp: the least predicted loss for the size. pmq: MC-MoE's. outlier, block: "
+            "QuantMoE-Bench's.",
+        ),
+    ] = "uniform",
+    granularity: Annotated[
+        str, typer.Option("--granularity", help="What shares a width with lp: role (a matrix), expert, layer, model.")
+    ] = "role",
+    reader: For = None,
     group: Annotated[
         int | None,
         typer.Option("--group-size", help="Weights that share a scale. Default the largest of 128, 64, 32 that fits."),
@@ -352,6 +384,10 @@ def quantize(
     job = QuantizeJob(
         bits,
         solver,
+        allocate,
+        share_or_size(size),
+        granularity,  # type: ignore[arg-type]
+        reader,
         group=group,
         settings=settings_of(settings),
         texts=domains_of(data, tokens) if data else (),

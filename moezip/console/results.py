@@ -24,6 +24,8 @@ READ_BY = {
     "stock": "transformers, vLLM and whatever reads the source",
     "moezip": "moezip.load, or transformers after `import moezip`",
     "mone": "vLLM 0.33 or later, moezip.load",
+    "compressed-tensors": "vLLM and others that read compressed-tensors, moezip.load",
+    "gptq": "whatever reads GPTQ checkpoints, moezip",
 }
 
 
@@ -190,6 +192,11 @@ def show_quantized(outcome: QuantizeOutcome, out: Path, as_json: bool, quiet: bo
         return
     if quiet:
         return
+    if outcome.chosen.table is not None:
+        table = outcome.chosen.table
+        console.table(f"{table.counted} by bits", table.head, table.rows)
+    for line in outcome.chosen.lines:
+        console.say(line)
     console.pairs(
         str(out),
         {
@@ -204,7 +211,7 @@ def show_quantized(outcome: QuantizeOutcome, out: Path, as_json: bool, quiet: bo
             + ", ".join(f"{name} {console.duration(seconds)}" for name, seconds in report.stages.items())
             + ")",
             "peak memory": console.size(report.peak_rss_bytes),
-            "read by": "moezip: `import moezip`, then transformers as always",
+            "read by": READ_BY[report.form],
         },
     )
     for note in report.notes:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,23 +18,36 @@ from moezip.checkpoint.source import Source
 from moezip.errors import PlanError, UsageError
 from moezip.export.stock import tensor_bytes, with_source_card, write_checkpoint
 from moezip.formats.packed import Grid
-from moezip.pipeline.calibrate import require_files, work_folder
+from moezip.pipeline.calibrate import forget, require_files, work_folder
 from moezip.pipeline.common import Clock, Common, Opened, opened, refuse_output
 from moezip.plan.apply import Applied
 from moezip.plan.packed import LayerFiles, Packed
 from moezip.plan.plan import Plan
 from moezip.progress import Progress
-from moezip.quantize.settings import UNPACKED, StorageParams, split_settings
+from moezip.quantize.hessian import PRIOR
+from moezip.quantize.settings import split_settings
 from moezip.registry import Method, lookup
 from moezip.report.report import Report, peak_rss_bytes
 
 if TYPE_CHECKING:
     from moezip.calibrate.data import DomainText, Rows
+    from moezip.pipeline.export import Form
     from moezip.pipeline.layerwise import LayerReport
+    from moezip.pipeline.widths import Wanted, Widths
+    from moezip.plan.widths import Granularity
 
 GROUPS = (128, 64, 32)
+NO_PRICE = "there is no price without gradients: use --allocate lp"
+LOADS = (
+    "It loads with moezip installed:",
+    "",
+    "```python",
+    "import moezip",
+    "from transformers import AutoModelForCausalLM",
+    'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
+    "```",
+)
 WORK = "quantize"
-LEAST_OTHERS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +55,22 @@ class QuantizeJob:
     """What ``moezip quantize`` was asked for.
 
     Attributes:
-        bits: of the codes (uniform), or stored bits per weight. group: weights that share a scale; None for the
-            largest that fits.
-        settings: ``--set`` texts, of the storage and of the solver.
-        texts: calibration text by domain, if the solver needs it.
+        bits: of the codes (uniform, pmq), or stored bits per weight. size: of the output instead, in bytes, or as a
+            share of the source's.
+        solver: a name in ``moezip.quantize.METHODS``. allocate: one in ``moezip.pipeline.widths.ALLOCATORS``.
+        granularity: what shares a width. reader: who must be able to read the output, None for moezip.
+        group: weights that share a scale; None for the largest that fits.
+        settings: ``--set`` texts, of the storage, of the solver and of the allocator.
+        texts: calibration text by domain, if the solver or the allocator needs it.
         plan: quantize what this plan makes of the checkpoint; None for the checkpoint itself.
     """
 
-    bits: float
+    bits: float | None
     solver: str = "gptq"
     allocate: str = "uniform"
+    size: float | None = None
+    granularity: Granularity = "role"
+    reader: str | None = None
     group: int | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
     texts: Sequence[DomainText] = ()
@@ -66,8 +84,20 @@ class Prepared:
     model: Opened
     method: Method
     params: Any
-    storage: StorageParams
-    group: int
+    wanted: Wanted
+
+    @property
+    def gate(self) -> bool:
+        """Whether hessians count tokens by their gate weight."""
+        return bool(getattr(self.params, "gate", False))
+
+    @property
+    def prior(self) -> float:
+        """Tokens' worth of the pooled hessian, per input channel."""
+        return float(getattr(self.params, "prior", PRIOR))
+
+    def solve(self, weight: Any, hessian: Any, grid: Grid) -> Any:
+        return self.method.run(weight, hessian, grid, self.params)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +107,7 @@ class Outcome:
     plan: Plan
     report: Report
     layers: Mapping[str, LayerReport]
+    chosen: Widths
 
     @property
     def widths(self) -> dict[str, int]:
@@ -117,25 +148,40 @@ def grid_counts(packing: Packing) -> dict[str, int]:
 
 def prepare_quantize(checkpoint: str, job: QuantizeJob, common: Common) -> Prepared:
     """Raises UsageError, PlanError, CheckpointError or ArchitectureError for everything that can be known now."""
+    from moezip.pipeline.widths import ALLOCATORS, Wanted, check_wanted, needs_prices
     from moezip.quantize import METHODS
     from moezip.quantize.settings import scale_dtype
 
     method = lookup(job.solver, {entry.name: entry for entry in METHODS}, "solver")
-    params, storage = split_settings(method, job.settings)
+    allocator = lookup(job.allocate, ALLOCATORS, "way to allocate bits")
+    params, storage, own = split_settings(method, job.settings, allocator)
     model = opened(checkpoint)
-    storage = replace(storage, scale=scale_dtype(storage, model.source.config))
-    if job.allocate == "uniform" and (job.bits != int(job.bits) or not 1 <= job.bits <= 8):
+    if job.reader == "transformers" and "symmetric" not in job.settings:
+        storage = replace(storage, symmetric=True)  # its loader for packed codes takes no zeros
+    wanted = Wanted(
+        job.bits,
+        None if job.size is None else int(job.size if job.size > 1 else job.size * tensor_bytes(model.source)),
+        job.allocate,
+        own,
+        job.granularity,
+        job.reader,
+        group_size(model.facts, job.group),
+        replace(storage, scale=scale_dtype(storage, model.source.config)),
+    )
+    check_wanted(wanted)
+    if (method.schedule == "layerwise" or needs_prices(wanted)) and not job.texts:
+        what = method.name if method.schedule == "layerwise" else f"--allocate {job.allocate}"
         raise UsageError(
-            f"{job.bits:g} bits cannot be given to every weight", where=f"--bits {job.bits:g}",
-            next="use a whole number from 1 to 8, or let the widths differ: --allocate lp or pmq",
-        )  # fmt: skip
-    if method.schedule == "layerwise" and not job.texts:
-        raise UsageError(
-            f"{method.name} needs calibration text",
+            f"{what} needs calibration text",
             next="give --data PATH (text of the domain that the model must stay good at), or --solver rtn",
         )
+    if needs_prices(wanted) and job.plan is not None:
+        raise UsageError(
+            f"--allocate {job.allocate} prices the checkpoint itself, not what a plan makes of it", where="--plan",
+            next="write the pruned checkpoint first, or use --allocate uniform",
+        )  # fmt: skip
     require_files(job.texts)
-    return Prepared(model, method, params, storage, group_size(model.facts, job.group))
+    return Prepared(model, method, params, wanted)
 
 
 def group_size(facts: Sequence[LayerFacts], asked: int | None) -> int:
@@ -234,59 +280,67 @@ def items_of(source: Source, model: Opened) -> list[Item]:
     return found
 
 
-def uniform(items: Sequence[Item], bits: int, group: int, storage: StorageParams) -> tuple[dict[str, Grid], list[str]]:
-    """The same width for every expert, and what the settings say for the rest; names left out because no group fits."""
-    packing: dict[str, Grid] = {}
-    left: list[str] = []
-    for item in items:
-        own = bits if item.expert is not None else others_bits(item.kind, bits, storage)
-        if own == UNPACKED:
-            continue
-        if group and item.shape[1] % group:
-            left.append(item.name)
-            continue
-        packing[item.name] = Grid(own, group, storage.symmetric, storage.scale, storage.double)
-    return packing, left
-
-
-def others_bits(kind: str, bits: int, storage: StorageParams) -> int:
-    """Bits of a linear that is no expert's."""
-    asked: int = getattr(storage, kind)
-    return asked or max(bits, LEAST_OTHERS)
-
-
 # -- the command --------------------------------------------------------------------------------------------
 
 
 def quantize_command(checkpoint: str, out: Path, job: QuantizeJob, common: Common) -> Outcome:
     """``moezip quantize``: choose widths, solve layer by layer, write, verify."""
+    from moezip.pipeline.bits import forget_prices
     from moezip.pipeline.layerwise import Solved, job_digest
 
     clock = Clock()
     prepared = prepare_quantize(checkpoint, job, common)
     model = prepared.model
     refuse_output(out, model.source.folder, common)
-    plain, split = views(model, job.plan)
-    with clock.stage("plan"):
-        packing, left = uniform(items_of(split, model), int(job.bits), prepared.group, prepared.storage)
-    rows = read_rows(model, job, common) if prepared.method.schedule == "layerwise" else None
     folder = (common.workdir or work_folder(out)) / WORK
-    made_by = provenance(prepared, job, common, rows)
+    plain, split = views(model, job.plan)
+    rows = read_rows(model, job, common) if job.texts else None
+    with clock.stage("plan"):
+        chosen = choose(prepared, job, plain, split, rows, folder, common)
+    packing = chosen.packing
+    if chosen.plan is not split.plan:
+        plain, split = views(model, chosen.plan)
+    made_by = provenance(prepared, job, common, rows, chosen)
     solved = Solved(
         folder, job_digest(split.fingerprint, packing, made_by, None if rows is None else rows.fingerprint())
     )
     solved.begin(common.resume)
     with clock.stage("solve"):
-        solve_all(prepared, plain, split, rows, packing, solved, common)
+        layerwise = prepared.method.schedule == "layerwise"
+        solve_all(prepared, plain, split, rows if layerwise else None, packing, solved, common)
     reports = {file.stem: solved.report(file.stem) for file in sorted(folder.glob("*.safetensors"))}
     grids = {name: Grid.parse(text) for each in reports.values() for name, text in each.grids.items()}
     plan = replace(split.plan, made_by=made_by, packing={name: grids[name] for name in packing})
     packed = Packed(split, plan.packing, LayerFiles(folder))
-    notes = list(notes_of(prepared, reports, left))
-    report = write_packed(About(prepared.method.name, model), plan, packed, out, common, clock, notes)
+    notes = list(notes_of(prepared, reports, chosen.left))
+    about = About(prepared.method.name, model, job.reader, chosen.nats)
+    report = write_packed(about, plan, packed, out, common, clock, notes)
     solved.clear()
+    forget_prices(folder)
+    forget(folder.parent)
+    remove_if_empty(folder)
     remove_if_empty(folder.parent)
-    return Outcome(plan, report, reports)
+    return Outcome(plan, report, reports, chosen)
+
+
+def choose(
+    prepared: Prepared,
+    job: QuantizeJob,
+    plain: Source,
+    split: Applied,
+    rows: Rows | None,
+    folder: Path,
+    common: Common,
+) -> Widths:
+    """Who gets how many bits; passes over the text where prices are needed."""
+    from moezip.pipeline.widths import Chooser
+
+    items = items_of(split, prepared.model)
+    solve = prepared.solve if prepared.method.schedule == "layerwise" else None
+    return Chooser(
+        prepared.model, plain, split, split.plan, items, prepared.wanted, texts=job.texts, rows=rows, solve=solve,
+        gate=prepared.gate, prior=prepared.prior, folder=folder, common=common,
+    ).choose()  # fmt: skip
 
 
 # What a solver's arithmetic runs at against bf16 products: float32, factorizations, short rows.
@@ -297,13 +351,19 @@ DISK_BYTES_PER_SECOND = 1e9  # a plain SSD
 def estimate_quantize(checkpoint: str, job: QuantizeJob, common: Common) -> QuantizeEstimate:
     """``moezip quantize --dry-run``: reads no data and writes nothing."""
     from moezip.pipeline.estimate import matmul_rate
+    from moezip.pipeline.widths import uniform
     from moezip.report.overview import overview
 
     prepared = prepare_quantize(checkpoint, job, common)
     model = prepared.model
     split = views(model, job.plan)[1]
     items = items_of(split, model)
-    packing, _ = uniform(items, int(job.bits), prepared.group, prepared.storage)
+    if job.allocate != "uniform":
+        raise UsageError(
+            f"what --allocate {job.allocate} chooses is known only once the text was read", where="--dry-run",
+            next="see the size of whole widths with --allocate uniform",
+        )  # fmt: skip
+    packing, _ = uniform(items, int(job.bits or 0), prepared.wanted.group, prepared.wanted.storage)
     chosen = [item for item in items if item.name in packing]
     stored = sum(packing[item.name].nbytes(*item.shape) for item in chosen)
     weights = sum(item.shape[0] * item.shape[1] for item in chosen)
@@ -326,7 +386,7 @@ def estimate_quantize(checkpoint: str, job: QuantizeJob, common: Common) -> Quan
         solver=prepared.method.name,
         matrices=len(chosen),
         widths=grid_counts(packing),
-        group=prepared.group,
+        group=prepared.wanted.group,
         bytes_before=tensor_bytes(model.source),
         bytes_after=tensor_bytes(split) - before + stored,
         bits_per_weight=8 * stored / weights,
@@ -393,18 +453,25 @@ def read_rows(model: Opened, job: QuantizeJob, common: Common) -> Rows:
     return rows
 
 
-def provenance(prepared: Prepared, job: QuantizeJob, common: Common, rows: Rows | None) -> dict[str, Any]:
+def provenance(
+    prepared: Prepared, job: QuantizeJob, common: Common, rows: Rows | None, chosen: Widths
+) -> dict[str, Any]:
     """Who chose the codes, for the plan's reader."""
     made_by: dict[str, Any] = {
         "version": __version__,
         "method": prepared.method.name,
         "paper": prepared.method.paper,
         "bits": job.bits,
+        "size": job.size,
         "allocate": job.allocate,
-        "group_size": prepared.group,
-        "settings": {**asdict(prepared.params), **asdict(prepared.storage)},
+        "granularity": job.granularity,
+        "group_size": prepared.wanted.group,
+        "settings": {**asdict(prepared.params), **asdict(prepared.wanted.storage), **asdict(prepared.wanted.params)},
+        **chosen.facts,
         "seed": common.seed,
     }
+    if chosen.nats is not None:
+        made_by["predicted_nats"] = chosen.nats
     if job.plan is not None:
         made_by["chosen_by"] = job.plan.made_by
     if rows is not None:
@@ -430,7 +497,7 @@ def solve_all(
     Args:
         plain: the model that is streamed. split: the same, one tensor per expert and matrix.
     """
-    solve: Callable[..., Any] = partial(_solve, prepared.method, prepared.params)
+    solve = prepared.solve
     if rows is None:
         from moezip.pipeline.layerwise import solve_free
 
@@ -446,24 +513,22 @@ def solve_all(
         packing,
         solve,
         solved,
-        original=prepared.storage.inputs == "original",
-        gate=getattr(prepared.params, "gate", False),
-        prior=getattr(prepared.params, "prior", 1.0),
+        original=prepared.wanted.storage.inputs == "original",
+        gate=prepared.gate,
+        prior=prepared.prior,
         watch=common.watch,
         spill=solved.folder,
     ).run()
 
 
-def _solve(method: Method, params: Any, weight: Any, hessian: Any, grid: Grid) -> Any:
-    return method.run(weight, hessian, grid, params)
-
-
 @dataclass(frozen=True, slots=True)
 class About:
-    """Whose codes are written."""
+    """Whose codes are written, for whom, and what they are predicted to cost."""
 
     method: str
     model: Opened
+    reader: str | None = None
+    nats: float | None = None
 
 
 def write_packed(
@@ -471,6 +536,7 @@ def write_packed(
 ) -> Report:
     """Writes the packed checkpoint; its report."""
     source = about.model.source
+    view, form, warnings = readable(packed, about.reader)
     finished: list[Report] = []
     before = clock.seconds
 
@@ -480,12 +546,12 @@ def write_packed(
             Report(
                 out=str(out),
                 bytes_before=tensor_bytes(source),
-                bytes_after=tensor_bytes(packed),
+                bytes_after=tensor_bytes(view),
                 bits_per_weight=bits_per_weight(packed),
                 experts_before=[layer.experts for layer in plan.layers],
                 experts_after=[len(layer.picks) for layer in plan.layers],
-                predicted_nats=None,
-                predicted_nats_reason="there is no price without gradients: use --allocate lp",
+                predicted_nats=about.nats,
+                predicted_nats_reason=None if about.nats is not None else NO_PRICE,
                 seconds=clock.seconds,
                 peak_rss_bytes=peak_rss_bytes(),
                 stages=stages,
@@ -494,15 +560,15 @@ def write_packed(
                 source=str(source.folder),
                 statistics={each["name"]: each["tokens"] for each in plan.made_by.get("domains", [])},
                 stock=False,
-                form="moezip",
-                notes=list(notes),
+                form=form,
+                notes=[*notes, *warnings],
             )
         )
         return finished[-1].to_json()
 
     with clock.stage("write"):
         write_checkpoint(
-            packed,
+            view,
             plan,
             out,
             text=card_of(about, plan, packed),
@@ -516,6 +582,20 @@ def write_packed(
     )  # fmt: skip
 
 
+def readable(packed: Packed, reader: str | None) -> tuple[Source, Form, tuple[str, ...]]:
+    """The packed checkpoint in the form that a reader reads, what that form is called, and what to tell its user.
+
+    Raises:
+        PlanError: the reader cannot read these codes.
+    """
+    from moezip.pipeline.export import COMPRESSED, export_of
+
+    if reader in (None, "moezip"):
+        return packed, "moezip", ()
+    export = export_of(packed, COMPRESSED, reader)
+    return export.view, export.form, export.warnings
+
+
 def card_of(about: About, plan: Plan, packed: Packed) -> str:
     """The model card of a packed checkpoint."""
     lines = [
@@ -523,14 +603,12 @@ def card_of(about: About, plan: Plan, packed: Packed) -> str:
         f"{bits_per_weight(packed):.2f} bits per weight, scales and zeros counted. Which, and on what text they were "
         "solved, is in `moezip/plan.json`; sizes and timings are in `moezip/report.json`.",
         "",
-        "It loads with moezip installed:",
-        "",
-        "```python",
-        "import moezip",
-        "from transformers import AutoModelForCausalLM",
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
-        "```",
+        *LOADS,
     ]
+    if about.reader not in (None, "moezip"):
+        lines[-len(LOADS) :] = [
+            f"Its codes lie as compressed-tensors names them, for {about.reader}; `moezip.load` reads them too.",
+        ]
     return with_source_card(packed.folder, f"{about.model.architecture.name}, quantized", lines)
 
 
@@ -556,4 +634,5 @@ def notes_of(prepared: Prepared, reports: Mapping[str, LayerReport], left: Seque
         if raised:
             yield f"{raised} matrices needed more damping than was asked for"
     if left:
-        yield f"{len(left)} matrices stay as they are, as groups of {prepared.group} do not divide them: {left[0]}, ..."
+        group = prepared.wanted.group
+        yield f"{len(left)} matrices stay as they are, as groups of {group} do not divide them: {left[0]}, ..."

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moezip.errors import UsageError
-from moezip.registry import Method, lookup, parse_params
+from moezip.registry import Method, NoParams, lookup, parse_params
 
 INPUTS = ("quantized", "original")
 UNPACKED = 16
@@ -58,14 +58,18 @@ def scale_dtype(storage: StorageParams, config: Mapping[str, Any]) -> str:
     return "BF16" if dtype.endswith("bfloat16") else "F16"
 
 
-def split_settings(method: Method, settings: Mapping[str, str]) -> tuple[Any, StorageParams]:
-    """``--set`` texts as the solver's knobs and the storage's. Raises UsageError for a key of neither."""
+def split_settings(
+    method: Method, settings: Mapping[str, str], allocator: type = NoParams
+) -> tuple[Any, StorageParams, Any]:
+    """``--set`` texts as the solver's knobs, the storage's and the allocator's. Raises UsageError for a key of none."""
     stored = {f.name for f in dataclasses.fields(StorageParams)}
     own = {f.name for f in dataclasses.fields(method.params)}
+    chosen = {f.name for f in dataclasses.fields(allocator)}
     for key in settings:
-        lookup(key, dict.fromkeys(stored | own), f"setting of quantize --solver {method.name}")
+        lookup(key, dict.fromkeys(stored | own | chosen), f"setting of quantize --solver {method.name}")
     storage = replace(method, params=StorageParams)
     return (
         parse_params(method, {key: text for key, text in settings.items() if key in own}),
         parse_params(storage, {key: text for key, text in settings.items() if key in stored}),
+        parse_params(replace(method, params=allocator), {k: text for k, text in settings.items() if k in chosen}),
     )

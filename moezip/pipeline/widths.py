@@ -1,0 +1,409 @@
+"""Who gets how many bits: prices where a method needs them, then the choice, then the plan that it makes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moezip.arch.spec import LayerFacts
+from moezip.checkpoint.source import Source
+from moezip.errors import PlanError, UsageError
+from moezip.formats.packed import Grid
+from moezip.pipeline.bits import WIDTHS, Job, PriceTable, price_bits
+from moezip.pipeline.calibrate import run_calibration
+from moezip.pipeline.common import Common, Opened
+from moezip.plan.bits import allocate
+from moezip.plan.importance import block_importance, by_score, outlier_score
+from moezip.plan.plan import LayerPlan, Pick, Plan
+from moezip.plan.pmq import WIDTHS as PMQ_WIDTHS
+from moezip.plan.pmq import PmqParams, code_bits, costs, pmq
+from moezip.plan.price import expert_prices
+from moezip.plan.widths import (
+    GRANULARITIES,
+    READERS,
+    Allocation,
+    Form,
+    Granularity,
+    Matrix,
+    WidthTable,
+    assigned,
+    budget_of,
+    search_line,
+    width_table,
+)
+from moezip.quantize.settings import UNPACKED, StorageParams
+from moezip.registry import NoParams, lookup
+
+if TYPE_CHECKING:
+    from moezip.calibrate.data import DomainText, Rows
+    from moezip.calibrate.statistics import Statistics
+    from moezip.pipeline.quantize import Item
+
+LEAST_OTHERS = 4
+# Linears that are no experts' are read by every token: the allocators leave them at least so many bits.
+LEAST_FREE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class LpParams:
+    """Attributes:
+    drops: whole experts may go as well, where that is cheaper than bits.
+    """
+
+    drops: bool = True
+
+
+ALLOCATORS: Mapping[str, type] = {
+    "uniform": NoParams,
+    "lp": LpParams,
+    "pmq": PmqParams,
+    "outlier": NoParams,
+    "block": NoParams,
+}
+SUMMARIES = {
+    "uniform": "every expert has the same width",
+    "lp": "the least predicted rise of the loss over the whole model, dropped experts included",
+    "pmq": "1, 2 or 3 bits for each expert of a layer, as MC-MoE and MC# share them",
+    "outlier": "more bits for matrices with outliers (QuantMoE-Bench)",
+    "block": "more bits for layers that turn the hidden state most (QuantMoE-Bench)",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Widths:
+    """A choice of widths.
+
+    Attributes:
+        packing: grids by name, in the numbering of the plan's output.
+        plan: the picks: without the experts that the choice drops.
+        left: matrices that stay as they are because no group divides them.
+        nats: predicted rise of the loss, None where there is no price. table, lines: for people.
+    """
+
+    packing: dict[str, Grid]
+    plan: Plan
+    left: tuple[str, ...] = ()
+    nats: float | None = None
+    table: WidthTable | None = None
+    lines: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What was asked for.
+
+    Attributes:
+        bits: of the codes (uniform, pmq) or stored bits per weight (all others); None with ``size``.
+        size: bytes of the output's tensors.
+        allocate: a name in ``ALLOCATORS``, and its settings ``params``.
+        group: weights that share a scale. storage: how codes are stored, and bits of what is no expert's.
+    """
+
+    bits: float | None
+    size: int | None
+    allocate: str
+    params: Any
+    granularity: Granularity
+    reader: str | None
+    group: int
+    storage: StorageParams
+
+    def grid(self, bits: int) -> Grid:
+        return Grid(bits, self.group, self.storage.symmetric, self.storage.scale, self.storage.double)
+
+
+def check_wanted(wanted: Wanted) -> None:
+    """Raises UsageError for what cannot be, before any work."""
+    lookup(wanted.allocate, ALLOCATORS, "way to allocate bits")
+    lookup(wanted.granularity, GRANULARITIES, "granularity")
+    if wanted.reader is not None:
+        lookup(wanted.reader, READERS, "reader of packed checkpoints")
+    if (wanted.bits is None) == (wanted.size is None):
+        raise UsageError("the budget is --bits or --size, one of them", next="give --bits 4, or --size 6GiB")
+    if wanted.allocate in ("uniform", "pmq") and wanted.bits is None:
+        raise UsageError(f"--allocate {wanted.allocate} takes --bits", where="--size", next="use --allocate lp")
+    if wanted.allocate == "uniform" and (wanted.bits != int(wanted.bits or 0) or not 1 <= int(wanted.bits or 0) <= 8):
+        raise UsageError(
+            f"{wanted.bits:g} bits cannot be given to every weight", where=f"--bits {wanted.bits:g}",
+            next="use a whole number from 1 to 8, or let the widths differ: --allocate lp or pmq",
+        )  # fmt: skip
+
+
+def needs_prices(wanted: Wanted) -> bool:
+    """Whether a backward pass and a pricing pass come before the choice."""
+    return wanted.allocate in ("lp", "pmq")
+
+
+def uniform(
+    items: Sequence[Item], bits: int, group: int, storage: StorageParams
+) -> tuple[dict[str, Grid], tuple[str, ...]]:
+    """The same width for every expert, and what the settings say for the rest; names left out because no group fits."""
+    packing: dict[str, Grid] = {}
+    left: list[str] = []
+    for item in items:
+        own = bits if item.expert is not None else others_bits(item.kind, bits, storage)
+        if own == UNPACKED:
+            continue
+        if group and item.shape[1] % group:
+            left.append(item.name)
+            continue
+        packing[item.name] = Grid(own, group, storage.symmetric, storage.scale, storage.double)
+    return packing, tuple(left)
+
+
+def others_bits(kind: str, bits: int, storage: StorageParams) -> int:
+    """Bits of a linear that is no expert's."""
+    asked: int = getattr(storage, kind)
+    return asked or max(bits, LEAST_OTHERS)
+
+
+class Chooser:
+    """Prices and chooses.
+
+    Args:
+        split: the model, one tensor per expert and matrix. plain: the same, as it is streamed. plan: what made both.
+        solve: the solver, which a sample is priced with. gate, prior: as it is given hessians.
+        folder: where passes leave what an interrupted run goes on from.
+    """
+
+    def __init__(
+        self,
+        model: Opened,
+        plain: Source,
+        split: Source,
+        plan: Plan,
+        items: Sequence[Item],
+        wanted: Wanted,
+        *,
+        texts: Sequence[DomainText],
+        rows: Rows | None,
+        solve: Any,
+        gate: bool,
+        prior: float,
+        folder: Path,
+        common: Common,
+    ):
+        self.model, self.plain, self.split, self.plan, self.wanted = model, plain, split, plan, wanted
+        self.texts, self.rows, self.solve, self.gate, self.prior = texts, rows, solve, gate, prior
+        self.folder, self.common = folder, common
+        group = wanted.group
+        self.left = tuple(item.name for item in items if group and item.shape[1] % group)
+        self.items = [item for item in items if item.name not in self.left]
+
+    def choose(self) -> Widths:
+        """
+        Raises:
+            UsageError, PlanError: a budget that cannot be met, or a choice that the reader cannot read.
+        """
+        wanted = self.wanted
+        if wanted.allocate == "uniform":
+            assert wanted.bits is not None
+            packing, _ = uniform(self.items, int(wanted.bits), wanted.group, wanted.storage)
+            return Widths(packing, self.plan, self.left)
+        if wanted.allocate in ("outlier", "block"):
+            return self._by_score()
+        stats = run_calibration(
+            self.model, self.texts, self.common, record=["gradients"], workdir=self.folder.parent
+        )  # fmt: skip
+        table = self._prices(stats)
+        if wanted.allocate == "pmq":
+            return self._pmq(stats, table)
+        return self._lp(stats, table)
+
+    # -- lp -------------------------------------------------------------------------------------------------
+
+    def _prices(self, stats: Statistics) -> PriceTable:
+        from moezip.calibrate.stream import Stream
+        from moezip.pipeline.layerwise import job_digest
+
+        assert self.rows is not None
+        grids = [self.wanted.grid(bits) for bits in WIDTHS]
+        digest = job_digest(self.model.source.fingerprint, self.rows.fingerprint(), self.wanted, stats.settings)
+        job = Job(self.items, grids, digest, self.solve, self.gate, self.prior, local=self.wanted.allocate == "pmq")
+        common = self.common
+        stream = Stream(self.plain, device=common.device, max_memory=common.max_memory, spill=self.folder)
+        return price_bits(
+            stream, self.rows, stats, job, self.folder, resume=common.resume, watch=common.watch
+        )  # fmt: skip
+
+    def _matrices(self, table: PriceTable) -> list[Matrix]:
+        """What may be chosen: experts any width, the rest what the settings say, or any of a few widths."""
+        found = []
+        for matrix in table.matrices({item.name: self.split.spec(item.name).bytes for item in self.items}):
+            if matrix.expert is None:
+                asked = (
+                    UNPACKED
+                    if matrix.kind == "head" and self.wanted.storage.head == UNPACKED
+                    else getattr(self.wanted.storage, matrix.kind)
+                )
+                matrix = replace(matrix, nats=_allowed(matrix.nats, asked))
+            found.append(matrix)
+        return found
+
+    def _budget(self, matrices: Sequence[Matrix]) -> int:
+        if self.wanted.bits is not None:
+            return budget_of(matrices, self.wanted.bits)
+        assert self.wanted.size is not None
+        named = {matrix.name for matrix in matrices}
+        rest = sum(self.split.spec(name).bytes for name in self.split.names() if name not in named)
+        if self.wanted.size <= rest:
+            raise PlanError(
+                f"--size allows {self.wanted.size:,} bytes, and what is never packed takes {rest:,} alone",
+                next="allow more",
+            )
+        return self.wanted.size - rest
+
+    def _drops(self, stats: Statistics) -> dict[int, Any] | None:
+        """Per layer, the price of each expert's going; None where none may go."""
+        if not self.wanted.params.drops:
+            return None
+        each = [expert_prices(domain) for domain in stats.domains]
+        return {fact.layer: np.mean([prices[fact.layer] for prices in each], axis=0) for fact in self.model.facts}
+
+    def _lp(self, stats: Statistics, table: PriceTable) -> Widths:
+        matrices = self._matrices(table)
+        reader = READERS["moezip" if self.wanted.reader is None else self.wanted.reader]
+        drops = self._drops(stats) if reader.counts_differ or self.wanted.granularity in ("layer", "model") else None
+        allocation = allocate(
+            matrices,
+            self._budget(matrices),
+            facts=self.model.facts,
+            drops=drops,
+            granularity=self.wanted.granularity,
+            reader=self.wanted.reader,
+        )
+        return self._widths(matrices, allocation, table)
+
+    # -- the others -----------------------------------------------------------------------------------------
+
+    def _pmq(self, stats: Statistics, table: PriceTable) -> Widths:
+        wanted = self.wanted
+        assert wanted.bits is not None
+        bits: dict[tuple[int, int], int] = {}
+        for fact in self.model.facts:
+            named = [domain.layers[fact.layer] for domain in stats.domains]
+            counts, gates = (np.sum([each[key] for each in named], axis=0) for key in ("counts", "gate_sum"))
+            cost = costs(counts, gates, table.losses[fact.layer], wanted.params)
+            for expert, width in enumerate(pmq(cost, code_bits(fact.experts, wanted.bits))):
+                bits[fact.layer, expert] = width
+        matrices = [
+            matrix
+            if matrix.expert is not None
+            else replace(matrix, nats=_allowed(matrix.nats, others_bits(matrix.kind, 1, wanted.storage)))
+            for matrix in table.matrices({item.name: self.split.spec(item.name).bytes for item in self.items})
+        ]
+        allocation = assigned(matrices, bits, {width: wanted.grid(width) for width in PMQ_WIDTHS}, "pmq")
+        return self._widths(matrices, allocation, table)
+
+    def _by_score(self) -> Widths:
+        wanted, scores = self.wanted, {}
+        layers = {} if wanted.allocate == "outlier" else self._turning()
+        matrices = []
+        for item in self.items:
+            plain = self.split.spec(item.name).bytes
+            if item.expert is None:
+                own = others_bits(item.kind, 1, wanted.storage)
+                form = None if own == UNPACKED else wanted.grid(own)
+                matrices.append(Matrix(item.name, item.kind, item.shape, item.layer, None, {form: 0.0}, plain))
+                continue
+            assert item.layer is not None
+            scores[item.name] = (
+                outlier_score(self.split.read(item.name)) if wanted.allocate == "outlier" else layers[item.layer]
+            )
+            forms: dict[Form, float] = {wanted.grid(bits): 0.0 for bits in range(1, 9)}
+            matrices.append(Matrix(item.name, item.kind, item.shape, item.layer, item.expert, forms, plain))
+        grids = [wanted.grid(bits) for bits in range(1, 9)]
+        allocation = by_score(matrices, scores, self._budget(matrices), grids, wanted.allocate)
+        return self._widths(matrices, replace(allocation, nats=None), None)
+
+    def _turning(self) -> dict[int, float]:
+        """QuantMoE-Bench's importance of every layer, on a few rows."""
+        from moezip.calibrate.stream import Stream
+
+        if self.rows is None:
+            raise UsageError("--allocate block reads text", next="give --data PATH, or use --allocate outlier")
+        stream = Stream(self.plain, device=self.common.device, max_memory=self.common.max_memory, spill=self.folder)
+        states = stream.embed(self.rows)
+        found: dict[int, float] = {}
+        try:
+            rows = min(states.shape[0], TURNING_ROWS)
+            before = states.read(0, rows).clone()
+            for index in stream.run(self.rows, states):
+                after = states.read(0, rows).clone()
+                found[index] = block_importance(before.flatten(0, 1), after.flatten(0, 1))
+                before = after
+        finally:
+            states.close()
+        return found
+
+    # -- what comes out -------------------------------------------------------------------------------------
+
+    def _widths(self, matrices: Sequence[Matrix], allocation: Allocation, table: PriceTable | None) -> Widths:
+        facts: dict[str, Any] = {
+            "stored_bits": allocation.bits,
+            "answered": allocation.answered,
+            "bound_nats": allocation.bound,
+            "dropped": {str(layer): list(gone) for layer, gone in allocation.dropped.items()},
+        }
+        lines = [search_line(allocation)]
+        if table is not None:
+            facts["price_ratios"] = {
+                kind: {str(bits): round(float(ratio), 4) for bits, ratio in zip(table.widths, row, strict=True)}
+                for kind, row in table.ratios.items()
+            }
+            if table.pooled:
+                lines.append(f"{len(table.pooled)} matrices that no token reached were priced as average ones")
+        plan, renumbered = without(self.plan, allocation.dropped, self.model.facts)
+        packing = {renumbered(name): grid for name, grid in allocation.packing.items()}
+        shown = width_table(matrices, allocation)
+        return Widths(packing, plan, self.left, allocation.nats, shown, tuple(lines), facts)
+
+
+# Rows on which layers are compared; the mean over so many tokens moves in the third digit at most.
+TURNING_ROWS = 32
+
+
+def _allowed(nats: Mapping[Form, float], bits: int) -> dict[Form, float]:
+    """The forms of a linear that is no expert's: the width asked for, or with 0 any but the narrowest."""
+    if bits == 0:
+        return {form: price for form, price in nats.items() if form is None or form.bits >= LEAST_FREE}
+    chosen = {form: price for form, price in nats.items() if (UNPACKED if form is None else form.bits) == bits}
+    if not chosen:
+        widths = sorted(UNPACKED if form is None else form.bits for form in nats)
+        raise UsageError(f"{bits} bits are not priced", next=f"use one of {', '.join(map(str, widths))}")
+    return chosen
+
+
+def without(plan: Plan, dropped: Mapping[int, Sequence[int]], facts: Sequence[LayerFacts]) -> tuple[Plan, Any]:
+    """The plan without some experts, and the new name of a matrix.
+
+    Raises:
+        PlanError: experts would go of a plan that has chosen some already.
+    """
+    import re
+
+    if not dropped:
+        return plan, lambda name: name
+    kept = {fact.layer: [e for e in range(fact.experts) if e not in set(dropped.get(fact.layer, ()))] for fact in facts}
+    if any(layer.kept != tuple(range(layer.experts)) for layer in plan.layers):
+        raise PlanError("experts cannot be dropped from a plan that has chosen some", next="use --set drops=false")
+    layers = tuple(
+        LayerPlan(layer.layer, layer.experts, tuple(Pick.keep(expert) for expert in kept[layer.layer]))
+        for layer in plan.layers
+    )
+    places = {(layer, expert): place for layer, row in kept.items() for place, expert in enumerate(row)}
+    pattern = re.compile(r"\.layers\.(\d+)\..*\bexperts\.(\d+)\.")
+
+    def renumbered(name: str) -> str:
+        found = pattern.search(name)
+        if found is None:
+            return name
+        place = places[int(found.group(1)), int(found.group(2))]
+        return f"{name[: found.start(2)]}{place}{name[found.end(2) :]}"
+
+    return replace(plan, layers=layers), renumbered
