@@ -26,7 +26,7 @@ from moezip.export.compressed_tensors import quantization_config
 from moezip.export.verify import verify
 from moezip.formats.packed import PACKED, SCALE, SHAPE, STEP, ZERO, Codes, Grid, decode, dequantize, encode
 from moezip.pipeline.common import opened
-from moezip.pipeline.quantize import Item, items_of
+from moezip.pipeline.items import Item, items_of
 from moezip.plan.packed import Packed as PackedView
 from moezip.quantize.rtn import RtnParams
 from moezip.quantize.rtn import solve as rtn
@@ -313,6 +313,19 @@ def test_a_table_that_is_not_the_codes_is_refused(
     with pytest.raises(MoezipError, match=message):
         moezip.load(bad)
     assert verify(bad, deep=False)
+
+
+def test_codes_are_not_offloaded(tiny: Tiny, tmp_path: Path) -> None:
+    """Buffers stay where they are used, unless transformers is told otherwise."""
+    from transformers import AutoModelForCausalLM
+
+    folder, ids = packed(tiny("qwen3_moe"), tmp_path, all_alike, everything), plain_rows(1, 6).ids
+    places = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    places |= {f"model.layers.{layer}": "disk" if layer == 1 else "cpu" for layer in range(3)}
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=tmp_path / "off")
+    assert model.model.layers[1].input_layernorm.weight.is_meta
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, moezip.load(folder)(ids).logits)
 
 
 @pytest.fixture

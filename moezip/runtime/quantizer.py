@@ -127,7 +127,7 @@ class MoezipQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         from moezip.arch.ragged import RaggedExperts
-        from moezip.runtime.packing import packed_modules
+        from moezip.runtime.linear import Packed
 
         # up to 5.20 transformers leaves what a quantizer loads under another name in the dtype of the file
         for name, tensor in model.state_dict().items():
@@ -136,14 +136,14 @@ class MoezipQuantizer(HfQuantizer):
                 owner.data = owner.data.to(self._dtypes[name])
         for name, module in model.named_modules():
             if isinstance(module, RaggedExperts):
-                if any(parameter.is_meta for parameter in module.parameters()):
+                if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
                     raise ArchitectureError(
-                        "experts of a ragged checkpoint cannot be offloaded", where=name,
+                        "experts of a ragged or packed checkpoint cannot be offloaded", where=name,
                         next="choose a device_map that keeps every layer on a device, such as device_map=\"cpu\"",
                     )  # fmt: skip
                 module.join()
-        for name, packed in packed_modules(model):
-            packed.require_sound(name)
+            elif isinstance(module, Packed):
+                module.require_sound(name)
         return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
