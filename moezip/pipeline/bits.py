@@ -16,7 +16,6 @@ measured on a sample: prices are multiplied by the ratio of the two, by kind of 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,9 +33,9 @@ from moezip.calibrate.linears import head_linear, layer_linears
 from moezip.calibrate.moments import ExpertInputs, Moment, expert_inputs, head_moment, linear_moments, second_moment
 from moezip.calibrate.statistics import Statistics
 from moezip.calibrate.stream import Stream
-from moezip.errors import MoezipError
 from moezip.formats.packed import Grid
 from moezip.pipeline.layerwise import POOL_BELOW, POOL_TOKENS, Solve, inputs_file, map_threads
+from moezip.pipeline.price_files import Found, LayerPrices, PriceFiles, forget_prices
 from moezip.plan.widths import Matrix
 from moezip.progress import Progress, Watch, unwatched
 from moezip.quantize.hessian import PRIOR, Mixed, shrunk
@@ -47,7 +46,7 @@ from moezip.quantize.price import Inputs, prices
 if TYPE_CHECKING:
     import torch
 
-    from moezip.pipeline.quantize import Item
+    from moezip.pipeline.items import Item
 
 Array = npt.NDArray[np.float64]
 WIDTHS = (1, 2, 3, 4, 6, 8)
@@ -150,54 +149,6 @@ def price_bits(
     return _Pass(stream, rows, stats, job, folder, watch).run(resume)
 
 
-def forget_prices(folder: Path) -> None:
-    """Removes what passes left."""
-    for file in _files(folder):
-        file.unlink()
-
-
-def _files(folder: Path) -> list[Path]:
-    return [*folder.glob("prices-*.json"), *folder.glob("prices-*.part")]
-
-
-@dataclass(slots=True)
-class _Priced:
-    """What one layer came to, as it is saved.
-
-    Attributes:
-        rounded: by matrix, a price per width. tokens: by matrix. pooled: matrices that no token reached.
-        pairs: per kind, sums over the sample of [rounding's, the solver's] price per width.
-        sampled: per kind, how many. local: PMQ's losses, [E][3].
-    """
-
-    rounded: dict[str, list[float]] = field(default_factory=dict)
-    tokens: dict[str, int] = field(default_factory=dict)
-    pooled: list[str] = field(default_factory=list)
-    pairs: dict[str, list[list[float]]] = field(default_factory=dict)
-    sampled: dict[str, int] = field(default_factory=dict)
-    local: list[list[float]] = field(default_factory=list)
-
-    def add(self, found: _Found) -> None:
-        name, kind = found.item.name, found.item.kind
-        self.rounded[name], self.tokens[name] = found.rounded.tolist(), found.tokens
-        if not found.tokens:
-            self.pooled.append(name)
-        if found.solved is not None:
-            pair = np.array([found.rounded, found.solved])
-            self.pairs[kind] = (np.array(self.pairs[kind]) + pair if kind in self.pairs else pair).tolist()
-            self.sampled[kind] = self.sampled.get(kind, 0) + 1
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Found:
-    """Prices of one matrix by width: of rounding's codes, and where it is in the sample of the solver's."""
-
-    item: Item
-    tokens: int
-    rounded: Array
-    solved: Array | None
-
-
 class _Pass:
     def __init__(self, stream: Stream, rows: Rows, stats: Statistics, job: Job, folder: Path, watch: Watch):
         self.stream, self.rows, self.job, self.folder, self.watch = stream, rows, job, folder, watch
@@ -217,11 +168,11 @@ class _Pass:
     def run(self, resume: bool) -> PriceTable:
         if not resume:
             forget_prices(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        files = PriceFiles(self.folder, self.job.digest)
         steps = [f"{index:04}" for index in range(len(self.stream.layers))]
         head = next((item for item in self.job.items if item.kind == "head"), None)
         steps += ["head"] if head is not None else []
-        done = {step: self._load(step) for step in steps if self._file(step).is_file()}
+        done = {step: found for step in steps if (found := files.load(step)) is not None}
         missing = [step for step in steps if step not in done]
         self._tick(done)
         if missing:
@@ -233,54 +184,26 @@ class _Pass:
                     self.stream.load_layer(index)
                     if step not in done:
                         done[step] = self._layer(index, states)
-                        self._save(step, done[step])
+                        files.save(step, done[step])
                         self._tick(done)
                     if index + 1 < len(self.stream.layers) or "head" in missing:
                         self.stream.advance(index, self.rows, states)
                     self.stream.free_layer(index)
                 if head is not None and "head" not in done:
                     done["head"] = self._head(head, states)
-                    self._save("head", done["head"])
+                    files.save("head", done["head"])
                     self._tick(done)
             finally:
                 states.close()
         return self._table([done[step] for step in steps])
 
-    def _tick(self, done: Mapping[str, _Priced]) -> None:
+    def _tick(self, done: Mapping[str, LayerPrices]) -> None:
         count = sum(len(each.rounded) for each in done.values())
         self.watch(Progress("price bits", count, len(self.job.items), "matrices"))
 
-    # -- files ----------------------------------------------------------------------------------------------
-
-    def _file(self, step: str) -> Path:
-        return self.folder / f"prices-{step}.json"
-
-    def _save(self, step: str, priced: _Priced) -> None:
-        file = self._file(step)
-        temporary = file.with_suffix(".part")
-        values = {name: getattr(priced, name) for name in _Priced.__slots__}
-        temporary.write_text(json.dumps({"job": self.job.digest, **values}))
-        temporary.replace(file)
-
-    def _load(self, step: str) -> _Priced:
-        file = self._file(step)
-        try:
-            values = json.loads(file.read_text())
-            job = values.pop("job")
-            priced = _Priced(**values)
-        except (ValueError, KeyError, TypeError, AttributeError) as fault:
-            raise MoezipError("saved prices are damaged", where=file, next="start afresh without --resume") from fault
-        if job != self.job.digest:
-            raise MoezipError(
-                "the work folder holds prices of another checkpoint, other data or other settings",
-                where=self.folder,
-                next="repeat the interrupted command unchanged, or start afresh without --resume",
-            )
-        return priced
-
     # -- the table ------------------------------------------------------------------------------------------
 
-    def _table(self, steps: Sequence[_Priced]) -> PriceTable:
+    def _table(self, steps: Sequence[LayerPrices]) -> PriceTable:
         job = self.job
         rounded = {name: row for step in steps for name, row in step.rounded.items()}
         tokens = {name: count for step in steps for name, count in step.tokens.items()}
@@ -307,8 +230,8 @@ class _Pass:
 
     # -- one layer ------------------------------------------------------------------------------------------
 
-    def _layer(self, index: int, states: HiddenStates) -> _Priced:
-        priced = _Priced()
+    def _layer(self, index: int, states: HiddenStates) -> LayerPrices:
+        priced = LayerPrices()
         linears = {
             path: (self._others[name], module)
             for path, name, module in layer_linears(self.stream, index)
@@ -317,7 +240,7 @@ class _Pass:
         moments = linear_moments(self.stream, index, self.rows, states, {path: m for path, (_, m) in linears.items()})
         sample = self._chosen(index, [item for item, _ in linears.values()])
 
-        def linear(path: str) -> _Found:
+        def linear(path: str) -> Found:
             item, module = linears[path]
             return self._linear(item, module, moments[path], item.name in sample)
 
@@ -341,12 +264,12 @@ class _Pass:
         place = sorted(self._sampled_layers).index(index) * SAMPLED
         return {names[(place + i) % len(names)] for names in kinds.values() for i in range(SAMPLED)}
 
-    def _linear(self, item: Item, module: Any, moment: Moment, solved: bool) -> _Found:
+    def _linear(self, item: Item, module: Any, moment: Moment, solved: bool) -> Found:
         mean = shrunk(moment.total, moment.tokens, None, 0, 0.0)
         given = Inputs.of(moment, mean, moment.tokens)
         return self._price(item, module.weight.data, given, self._gradients.linear(item.name), solved)
 
-    def _head(self, item: Item, states: HiddenStates) -> _Priced:
+    def _head(self, item: Item, states: HiddenStates) -> LayerPrices:
         import torch
 
         found = head_linear(self.stream)
@@ -356,13 +279,13 @@ class _Pass:
             with torch.inference_mode():
                 moment = head_moment(self.stream, self.rows, states, found[1])
                 # its codes are rounded: no sample of one tells more than that one
-                priced = _Priced()
+                priced = LayerPrices()
                 priced.add(self._linear(item, found[1], moment, False))
         finally:
             self.stream.free_head()
         return priced
 
-    def _routed(self, index: int, inputs: ExpertInputs, priced: _Priced) -> None:
+    def _routed(self, index: int, inputs: ExpertInputs, priced: LayerPrices) -> None:
         entry, items = self._entry, self._experts[index]
         layer: Any = self.stream.layers[index]
         experts: Any = layer.get_submodule(f"{entry.block}.{entry.experts_module}")
@@ -371,7 +294,7 @@ class _Pass:
         busiest = sorted(items, key=lambda expert: -len(inputs.slots(expert)))
         solved = self._solved_experts(index, [expert for expert in busiest if len(inputs.slots(expert))])
 
-        def one(expert: int) -> tuple[int, list[_Found], list[float]]:
+        def one(expert: int) -> tuple[int, list[Found], list[float]]:
             found = list(self._expert(index, expert, experts, inputs, (sample, pool), expert in solved))
             local = local_losses(experts, expert, inputs, self.job.grids[0]) if self.job.local else []
             return expert, found, local
@@ -392,7 +315,7 @@ class _Pass:
         inputs: ExpertInputs,
         everyone: tuple[torch.Tensor, Moment],
         solved: bool,
-    ) -> Iterator[_Found]:
+    ) -> Iterator[Found]:
         """Prices of one expert's matrices.
 
         Args:
@@ -438,8 +361,8 @@ class _Pass:
             mass=own.mass,
         )
 
-    def _price(self, item: Item, weight: torch.Tensor, given: Inputs, gradient: Array, solved: bool) -> _Found:
+    def _price(self, item: Item, weight: torch.Tensor, given: Inputs, gradient: Array, solved: bool) -> Found:
         """Prices of one matrix at every width; ``gradient`` is G, [R]."""
         share = gradient / (2 * self._gradients.scored)
         solve = self.job.solve if solved else None
-        return _Found(item, given.tokens, *prices(weight, given, share, self.job.grids, solve))
+        return Found(item, given.tokens, *prices(weight, given, share, self.job.grids, solve))
