@@ -306,7 +306,7 @@ def descend(
         slope = changes @ hessian[:, part] + np.float32(damping) * changes[:, part]
         if scale_dtype is not None:
             unit = codes[:, part].astype(np.float32) - zero[:, group, None]
-            turned = unit @ inner
+            turned: NDArray = unit @ inner
             best, gain = _best_step(unit, slope, turned, step[:, group], bits, scale_dtype)
             shift = (best - step[:, group])[:, None]
             changes[:, part] += shift * unit

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,8 @@ POOL_TOKENS = 4096
 # An expert with fewer tokens than this many times its input size is given its down projection's inputs for those
 # tokens as well; with more, its own outweigh them anyway.
 POOL_BELOW = 8
+# Each of these experts makes inputs of its down projection for as many of them as this times its input size.
+POOL_INNER = 4
 
 Solve = Callable[["torch.Tensor", "torch.Tensor | None", Grid], Solution]
 
@@ -62,12 +65,12 @@ class LayerReport:
     raised: int = 0
     grids: dict[str, str] = field(default_factory=dict)
 
-    def add(self, name: str, solution: Solution, basis: str) -> None:
-        self.error += solution.error
+    def add(self, found: Found) -> None:
+        self.error += found.error
         self.matrices += 1
-        self.basis[basis] = self.basis.get(basis, 0) + 1
-        self.raised += solution.raised
-        self.grids[name] = str(solution.codes.grid)
+        self.basis[found.basis] = self.basis.get(found.basis, 0) + 1
+        self.raised += found.raised
+        self.grids[found.name] = found.grid
 
 
 class Solved:
@@ -174,6 +177,9 @@ class Layerwise:
     ):
         self.stream, self.rows, self.packing, self.solve, self.solved = stream, rows, packing, solve, solved
         self.original, self.gate, self.prior, self.watch, self.spill = original, gate, prior, watch, spill
+        import torch
+
+        self._threads = torch.get_num_threads()
         entry = stream.skeleton.architecture
         self._entry = entry
         self._templates = {tensor.role: tensor.template for tensor in entry.split.experts}
@@ -189,6 +195,10 @@ class Layerwise:
         states = self.stream.embed(self.rows)
         total = len(self.packing)
         self.watch(Progress("quantize", 0, total, "matrices"))
+        with alone(self.stream, self.rows):
+            self._run(states)
+
+    def _run(self, states: HiddenStates) -> None:
         try:
             for index in range(len(self.stream.layers)):
                 self.stream.load_layer(index)
@@ -238,9 +248,9 @@ class Layerwise:
             matrix = linears[path]
             moment = moments.get(path)
             hessian = shrunk(None if moment is None else moment.total, moment.tokens if moment else 0, None, 0, 0.0)
-            return [self._found(matrix.name, matrix.module.weight.data, hessian)]
+            return self._found([matrix.name], [matrix.module.weight.data], hessian)
 
-        self._collect(map_threads(one, linears), tensors, report)
+        self._collect(map_threads(one, linears, self._threads), tensors, report)
         if index in self._facts:
             wanted = [
                 expert
@@ -278,25 +288,25 @@ class Layerwise:
             x = inputs.tokens(expert).to(self.stream.device)
             weights = inputs.weights(expert) if self.gate else None
             hessian = self._mixed(second_moment(x, weights), pool)
-            found = [
-                self._found(self._name(index, expert, role), matrices[role], hessian)
-                for role in ("gate", "up")
-                if self._name(index, expert, role) in self.packing
-            ]
+            roles = [role for role in ("gate", "up") if self._name(index, expert, role) in self.packing]
+            found = self._found(
+                [self._name(index, expert, role) for role in roles], [matrices[role] for role in roles], hessian
+            )
             name = self._name(index, expert, "down")
             if name in self.packing:
                 # gate and up are quantized by now, and so are the inputs that their codes make
                 inner = inner_activation(experts, expert, x)
-                extra = None
-                if x.shape[0] < POOL_BELOW * matrices["down"].shape[1]:
-                    extra = second_moment(inner_activation(experts, expert, sample))
-                found.append(self._found(name, matrices["down"], self._mixed(second_moment(inner, weights), extra)))
+                extra, width = None, matrices["down"].shape[1]
+                if x.shape[0] < POOL_BELOW * width:
+                    some = sample[:: max(len(sample) // (POOL_INNER * width), 1)]
+                    extra = second_moment(inner_activation(experts, expert, some))
+                found += self._found([name], [matrices["down"]], self._mixed(second_moment(inner, weights), extra))
             return found
 
         # the experts with most tokens first, so that no thread is left with one at the end; their order on disk is
         # that of the source all the same
         busiest = sorted(wanted, key=lambda expert: -len(inputs.slots(expert)))
-        self._collect(map_threads(one, busiest), tensors, report)
+        self._collect(map_threads(one, busiest, self._threads), tensors, report)
 
     def _mixed(self, own: Moment, pool: Moment | None) -> Mixed:
         return shrunk(
@@ -308,16 +318,27 @@ class Layerwise:
             mass=own.mass,
         )
 
-    def _found(self, name: str, weight: torch.Tensor, hessian: Mixed) -> Found:
-        """Solves one matrix and puts what its codes stand for in its place."""
-        solution = self.solve(weight.float(), hessian.hessian, self.packing[name])
-        weight.copy_(dequantize(solution.codes, weight.dtype))
-        return Found(name, solution, hessian.basis)
+    def _found(self, names: Sequence[str], weights: Sequence[torch.Tensor], hessian: Mixed) -> list[Found]:
+        """Solves matrices that have one input and puts what their codes stand for in their places.
+
+        Rows of a matrix do not touch each other, so those on one grid are solved as one: their hessian is factored
+        once.
+        """
+        import torch
+
+        found = []
+        for grid in dict.fromkeys(self.packing[name] for name in names):
+            own = [at for at, name in enumerate(names) if self.packing[name] == grid]
+            solution = self.solve(torch.cat([weights[at].float() for at in own]), hessian.hessian, grid)
+            for at, part in zip(own, solution.split([len(weights[at]) for at in own]), strict=True):
+                weights[at].copy_(dequantize(part.codes, weights[at].dtype))
+                found.append(Found.of(names[at], part, hessian.basis))
+        return found
 
     def _collect(self, found: Iterable[list[Found]], tensors: dict[str, torch.Tensor], report: LayerReport) -> None:
         for each in (one for several in found for one in several):
-            tensors.update({stem(each.name) + suffix: value for suffix, value in encode(each.solution.codes).items()})
-            report.add(each.name, each.solution, each.basis)
+            tensors.update(each.stored)
+            report.add(each)
             self._tick()
 
     def _place(self, index: int, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -348,7 +369,7 @@ class Layerwise:
             moment = head_moment(self.stream, self.rows, states, head.module)
             report, tensors = LayerReport(), dict[str, "torch.Tensor"]()
             hessian = shrunk(moment.total, moment.tokens, None, 0, 0.0)
-            self._collect([[self._found(head.name, head.module.weight.data, hessian)]], tensors, report)
+            self._collect([self._found([head.name], [head.module.weight.data], hessian)], tensors, report)
             self.solved.save("head", tensors, report)
         finally:
             self.stream.free_head()
@@ -372,16 +393,15 @@ def solve_free(base: Source, packing: Packing, solve: Solve, solved: Solved, wat
     watch(Progress("quantize", done, len(packing), "matrices"))
 
     def one(name: str) -> Found:
-        return Found(name, solve(base.read(name).float(), None, packing[name]), "none")
+        return Found.of(name, solve(base.read(name).float(), None, packing[name]), "none")
 
     for step, names in steps.items():
         if not solved.file(step).is_file():
             tensors: dict[str, torch.Tensor] = {}
             report = LayerReport()
             for each in map_threads(one, names):
-                found = {stem(each.name) + suffix: value for suffix, value in encode(each.solution.codes).items()}
-                tensors.update(found)
-                report.add(each.name, each.solution, each.basis)
+                tensors.update(each.stored)
+                report.add(each)
                 watch(Progress("quantize", done + report.matrices, len(packing), "matrices"))
             solved.save(step, tensors, report)
         done += len(names)
@@ -390,11 +410,25 @@ def solve_free(base: Source, packing: Packing, solve: Solve, solved: Solved, wat
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """One solved matrix."""
+    """One solved matrix.
+
+    Attributes:
+        stored: its tensors, by their names on disk. grid, error, raised: as of its ``Solution``.
+        basis: as of ``LayerReport``.
+    """
 
     name: str
-    solution: Solution
+    stored: dict[str, torch.Tensor]
+    grid: str
+    error: float
+    raised: bool
     basis: str
+
+    @classmethod
+    def of(cls, name: str, solution: Solution, basis: str) -> Found:
+        """In the thread that solved it, so that packing is shared out as well."""
+        stored = {stem(name) + suffix: value for suffix, value in encode(solution.codes).items()}
+        return cls(name, stored, str(solution.codes.grid), solution.error, solution.raised, basis)
 
 
 def by_matrix(
@@ -411,15 +445,32 @@ def by_matrix(
     return found
 
 
-def map_threads(work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-    """``work`` of every item, in order, over as many threads as torch has, each computing alone."""
+@contextmanager
+def alone(stream: Stream, rows: Rows) -> Iterator[None]:
+    """This thread computes by itself meanwhile, unless the text is so short that it also runs the layers.
+
+    What it does between passes (copies, sums) is short: split over the cores, each piece would end in a barrier.
+    """
+    import torch
+
+    count = torch.get_num_threads()
+    if len(stream.steps(rows)) > 1:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
+
+
+def map_threads(work: Callable[[Any], Any], items: Iterable[Any], threads: int | None = None) -> Iterator[Any]:
+    """``work`` of every item, in order, over ``threads`` (default: as many as torch has), each computing alone."""
     import torch
 
     def alone(item: Any) -> Any:
         with torch.inference_mode():
             return work(item)
 
-    count = torch.get_num_threads()
+    count = threads or torch.get_num_threads()
     if count == 1:
         yield from map(alone, items)
         return

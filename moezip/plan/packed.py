@@ -37,6 +37,7 @@ class LayerFiles:
         from safetensors import safe_open
 
         self._files: dict[str, Path] = {}
+        self._open: tuple[Path | None, Any] = (None, None)  # the file that was read last: its neighbours are next
         for file in sorted(folder.glob("*.safetensors")):
             with safe_open(file, "pt") as opened:
                 self._files.update(dict.fromkeys(opened.keys(), file))
@@ -50,12 +51,15 @@ class LayerFiles:
 
         if name not in self._files:
             raise CheckpointError(f"there are no codes {name}", next="start afresh without --resume")
-        with safe_open(self._files[name], "pt") as opened:
-            if rows is None:
-                whole: torch.Tensor = opened.get_tensor(name)
-                return whole
-            part: torch.Tensor = opened.get_slice(name)[rows.start : rows.stop]
-            return part
+        file = self._files[name]
+        held, opened = self._open
+        if held != file:
+            opened = safe_open(file, "pt")
+            self._open = (file, opened)
+        found: torch.Tensor = (
+            opened.get_tensor(name) if rows is None else opened.get_slice(name)[rows.start : rows.stop]
+        )
+        return found
 
 
 @final

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,6 +42,16 @@ class Solution:
     def error(self) -> float:
         """tr(dW H dW^T)."""
         return float(self.errors.sum())
+
+    def split(self, rows: Sequence[int]) -> list[Solution]:
+        """The solutions of the matrices of so many ``rows`` that were solved as one, lying one below the other."""
+        codes, found, start = self.codes, [], 0
+        for stop in accumulate(rows):
+            zeros = None if codes.zeros is None else codes.zeros[start:stop]
+            part = Codes(codes.grid, codes.codes[start:stop], codes.scales[start:stop], zeros)
+            found.append(replace(self, codes=part, errors=self.errors[start:stop]))
+            start = stop
+        return found
 
 
 def output_error_rows(change: torch.Tensor, hessian: torch.Tensor | None) -> torch.Tensor:
