@@ -122,7 +122,8 @@ def main() -> None:
     from moezip.formats.packed import Grid
     from moezip.pipeline import Common, opened, run_calibration
     from moezip.pipeline.bits import Job, price_bits
-    from moezip.pipeline.quantize import group_size, items_of, views
+    from moezip.pipeline.items import group_size, items_of
+    from moezip.pipeline.quantize import views
     from moezip.plan.packed import Packed
     from moezip.quantize import METHODS
 

@@ -3,9 +3,10 @@
     python benchmarks/quantized.py CKPT --calib calib --heldout heldout
 
 ``uniform`` quantizes every linear but routers, embeddings and head at one width, by rounding with searched ranges
-(``rtn``) and by ``gptq``. ``pmq`` gives experts 1, 2 or 3 bits and everything else 4. ``lp`` is given the very size of each of
-these files (``--size``), with and without leave to drop experts. Sizes are sums of the tensors in ``.safetensors`` files.
-Calibration text and held-out text are all files of the two folders. Prints a Markdown table; one calibration set, one run.
+(``rtn``) and by ``gptq``. ``pmq`` gives experts 1, 2 or 3 bits and everything else 4. ``lp`` is given the very size of
+each of these files (``--size``), with and without leave to drop experts. Sizes are sums of the tensors in
+``.safetensors`` files. Calibration text and held-out text are all files of the two folders. Prints a Markdown table;
+one calibration set, one run.
 """
 
 from __future__ import annotations

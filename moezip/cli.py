@@ -378,7 +378,8 @@ def quantize(
 ) -> None:
     """Stores weights in 1 to 8 bits, layer by layer, each layer making up for what rounding did before it."""
     from moezip.calibrate.data import domains_of
-    from moezip.pipeline.quantize import QuantizeJob, estimate_quantize, quantize_command
+    from moezip.pipeline.quantize import QuantizeJob, quantize_command
+    from moezip.pipeline.quantize_estimate import estimate_quantize
     from moezip.plan.plan import Plan
 
     job = QuantizeJob(

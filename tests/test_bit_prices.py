@@ -26,7 +26,8 @@ from moezip.errors import MoezipError, StatisticsError
 from moezip.formats.packed import Codes, Grid, dequantize
 from moezip.pipeline import opened
 from moezip.pipeline.bits import Job, PriceTable, forget_prices, price_bits
-from moezip.pipeline.quantize import Item, items_of, views
+from moezip.pipeline.items import Item, items_of
+from moezip.pipeline.quantize import views
 from moezip.quantize import local_loss
 from moezip.quantize import price as price_of_one
 from moezip.quantize.groups import fit

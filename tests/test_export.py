@@ -18,7 +18,7 @@ from moezip.errors import MoezipError
 from moezip.export.verify import verify
 from moezip.formats.packed import Grid
 from moezip.pipeline.export import export_of
-from moezip.pipeline.quantize import Item
+from moezip.pipeline.items import Item
 from tests.test_laws import REORDERED, full_logits, largest_difference, plain_rows
 from tests.test_laws import load as load_stock
 from tests.test_packed_runtime import PUBLISHED_APART, experts_only, fitted, load, mixed, packed, streamed, written

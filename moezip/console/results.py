@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from moezip.pipeline import Estimate, Outcome
     from moezip.pipeline.batch import JobResult
     from moezip.pipeline.quantize import Outcome as QuantizeOutcome
-    from moezip.pipeline.quantize import QuantizeEstimate
+    from moezip.pipeline.quantize_estimate import QuantizeEstimate
     from moezip.registry import Method
     from moezip.report.overview import Overview
 
@@ -324,14 +324,14 @@ def show_demo(found: Sequence[JobResult], chosen_for: Collection[str], out: Path
     console.table("held-out loss, nats per token", ("text", "source", "easy-ep", "rise", "random", "rise"), rows)
     packed = [result for result in found if result.name.endswith("int4")]
     if packed:
-        rows = []
+        by_size: list[tuple[str, ...]] = []
         for result in (next(r for r in found if r.name == "easy-ep"), *packed):
             assert result.report is not None
             every = [result.evaluations[0]["by_file"][name]["nll"] for name in rises]
             source = [result.evaluations[0]["against"]["by_file"][name]["nll"] for name in rises]
             changes = [f"{after - before:+.3f}" for after, before in zip(every, source, strict=True)]
-            rows.append((result.name, console.size(result.report["bytes_after"]), *changes))
-        console.table("rise of the loss by size", ("job", "size", *rises), rows)
+            by_size.append((result.name, console.size(result.report["bytes_after"]), *changes))
+        console.table("rise of the loss by size", ("job", "size", *rises), by_size)
     report = next(result.report for result in found if result.report)
     inside = max(rises[name][0] for name in chosen_for)
     outside = min(rises[name][0] for name in rises if name not in chosen_for)

@@ -9,10 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from moezip import __version__
 from moezip.arch.experts import decoded
-from moezip.arch.families import identify
-from moezip.arch.layout import tripwire_of
 from moezip.arch.packing import Packing
-from moezip.arch.spec import LayerFacts
 from moezip.checkpoint.reader import Checkpoint
 from moezip.checkpoint.source import Source
 from moezip.errors import PlanError, UsageError
@@ -20,6 +17,7 @@ from moezip.export.stock import tensor_bytes, with_source_card, write_checkpoint
 from moezip.formats.packed import Grid
 from moezip.pipeline.calibrate import forget, require_files, work_folder
 from moezip.pipeline.common import Clock, Common, Opened, opened, refuse_output
+from moezip.pipeline.items import grid_counts, group_size, items_of
 from moezip.plan.apply import Applied
 from moezip.plan.packed import LayerFiles, Packed
 from moezip.plan.plan import Plan
@@ -36,7 +34,7 @@ if TYPE_CHECKING:
     from moezip.pipeline.widths import Wanted, Widths
     from moezip.plan.widths import Granularity
 
-GROUPS = (128, 64, 32)
+
 NO_PRICE = "there is no price without gradients: use --allocate lp"
 LOADS = (
     "It loads with moezip installed:",
@@ -115,37 +113,6 @@ class Outcome:
         return grid_counts(self.plan.packing)
 
 
-@dataclass(frozen=True, slots=True)
-class QuantizeEstimate:
-    """What a quantization would do; nothing was read but headers.
-
-    Attributes:
-        widths: matrices by grid. seconds, memory_bytes: rough; ``assumes`` says on what.
-        disk_bytes: what waits in the work folder until the output is written.
-    """
-
-    solver: str
-    matrices: int
-    widths: dict[str, int]
-    group: int
-    bytes_before: int
-    bytes_after: int
-    bits_per_weight: float
-    tokens: int
-    seconds: float
-    memory_bytes: int
-    disk_bytes: int
-    assumes: str
-
-
-def grid_counts(packing: Packing) -> dict[str, int]:
-    """How many matrices are on each grid, widest first."""
-    counts: dict[str, int] = {}
-    for grid in sorted(packing.values(), key=lambda grid: (-grid.bits, str(grid))):
-        counts[str(grid)] = counts.get(str(grid), 0) + 1
-    return counts
-
-
 def prepare_quantize(checkpoint: str, job: QuantizeJob, common: Common) -> Prepared:
     """Raises UsageError, PlanError, CheckpointError or ArchitectureError for everything that can be known now."""
     from moezip.pipeline.widths import ALLOCATORS, Wanted, check_wanted, needs_prices
@@ -182,102 +149,6 @@ def prepare_quantize(checkpoint: str, job: QuantizeJob, common: Common) -> Prepa
         )  # fmt: skip
     require_files(job.texts)
     return Prepared(model, method, params, wanted)
-
-
-def group_size(facts: Sequence[LayerFacts], asked: int | None) -> int:
-    """The largest of 128, 64 and 32 that divides both inner sizes, unless one is asked for.
-
-    Raises:
-        UsageError: none does, or the one that is asked for does not.
-    """
-    sizes = {size for fact in facts for size in (fact.hidden, fact.width)}
-    if asked is not None:
-        if asked < 0 or (asked and any(size % asked for size in sizes)):
-            raise UsageError(
-                f"groups of {asked} do not divide the experts' sizes {sorted(sizes)}", where=f"--group-size {asked}",
-                next=f"use one of {[g for g in GROUPS if not any(size % g for size in sizes)]}, or 0 for one scale per "
-                "output channel",
-            )  # fmt: skip
-        return asked
-    for group in GROUPS:
-        if not any(size % group for size in sizes):
-            return group
-    raise UsageError(
-        f"no group of {', '.join(map(str, GROUPS))} divides the experts' sizes {sorted(sizes)}",
-        next="use --group-size 0: one scale per output channel",
-    )
-
-
-# -- who gets how many bits ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """A matrix that can be packed.
-
-    Attributes:
-        name: on disk.
-        kind: ``gate``, ``up``, ``down`` of an expert, else ``attention``, ``shared``, ``dense`` or ``head``.
-        shape: [R, C]. layer, expert: where it is, None where that means nothing.
-    """
-
-    name: str
-    kind: str
-    shape: tuple[int, int]
-    layer: int | None = None
-    expert: int | None = None
-
-
-def items_of(source: Source, model: Opened) -> list[Item]:
-    """Every matrix that can be packed, in the order of the source: experts', and other linears of decoder layers.
-
-    Args:
-        source: plain tensors, one per expert and matrix.
-    """
-    from torch import nn
-
-    from moezip.arch.skeleton import Skeleton
-
-    entry = identify(source.config, source.folder)
-    skeleton = Skeleton(source)
-    skeleton.require_complete()
-    moe = {fact.layer for fact in model.facts}
-    linears: dict[str, tuple[str, int | None]] = {}
-    head = skeleton.model.get_output_embeddings()
-    for path, module in skeleton.model.named_modules():
-        if not isinstance(module, nn.Linear):
-            continue
-        fills = skeleton.fills.get(f"{path}.weight", [])
-        if len(fills) != 1 or fills[0].tensor is not None:
-            continue
-        if module is head:
-            linears[fills[0].name] = ("head", None)
-            continue
-        inside = path.removeprefix(f"{entry.layers}.")
-        if inside == path or module.out_features == 1:
-            continue
-        number, _, rest = inside.partition(".")
-        layer = int(number)
-        if rest.startswith(f"{entry.block}."):
-            own = rest.removeprefix(f"{entry.block}.")
-            if layer in moe and own.split(".")[0] in (entry.router_module, entry.experts_module):
-                continue
-            linears[fills[0].name] = ("shared" if layer in moe else "dense", layer)
-        else:
-            linears[fills[0].name] = ("attention", layer)
-    found, trip = [], tripwire_of(entry, source.config)
-    for name in source.names():
-        if name == trip:
-            continue
-        claim = entry.claim(name, source.config)
-        shape = source.spec(name).shape
-        if name in linears:
-            kind, at = linears[name]
-            found.append(Item(name, kind, (shape[0], shape[1]), at))
-        elif claim.kind == "expert" and not claim.suffix and len(shape) == 2:
-            assert claim.tensor is not None
-            found.append(Item(name, claim.tensor.role, (shape[0], shape[1]), claim.layer, claim.expert))  # type: ignore[union-attr]
-    return found
 
 
 # -- the command --------------------------------------------------------------------------------------------
@@ -341,61 +212,6 @@ def choose(
         prepared.model, plain, split, split.plan, items, prepared.wanted, texts=job.texts, rows=rows, solve=solve,
         gate=prepared.gate, prior=prepared.prior, folder=folder, common=common,
     ).choose()  # fmt: skip
-
-
-# What a solver's arithmetic runs at against bf16 products: float32, factorizations, short rows.
-SOLVER_SLOWDOWN = 8
-DISK_BYTES_PER_SECOND = 1e9  # a plain SSD
-
-
-def estimate_quantize(checkpoint: str, job: QuantizeJob, common: Common) -> QuantizeEstimate:
-    """``moezip quantize --dry-run``: reads no data and writes nothing."""
-    from moezip.pipeline.estimate import matmul_rate
-    from moezip.pipeline.widths import uniform
-    from moezip.report.overview import overview
-
-    prepared = prepare_quantize(checkpoint, job, common)
-    model = prepared.model
-    split = views(model, job.plan)[1]
-    items = items_of(split, model)
-    if job.allocate != "uniform":
-        raise UsageError(
-            f"what --allocate {job.allocate} chooses is known only once the text was read", where="--dry-run",
-            next="see the size of whole widths with --allocate uniform",
-        )  # fmt: skip
-    packing, _ = uniform(items, int(job.bits or 0), prepared.wanted.group, prepared.wanted.storage)
-    chosen = [item for item in items if item.name in packing]
-    stored = sum(packing[item.name].nbytes(*item.shape) for item in chosen)
-    weights = sum(item.shape[0] * item.shape[1] for item in chosen)
-    before = sum(split.spec(item.name).bytes for item in chosen)
-    seen = overview(model.source)
-    layerwise = prepared.method.schedule == "layerwise"
-    tokens = sum(text.tokens for text in job.texts) if layerwise else 0
-    rate = matmul_rate()
-    flops = 0.0
-    if layerwise:
-        share = {fact.layer: fact.top_k / fact.experts for fact in model.facts}
-        flops = 3 * tokens * 2 * seen.active_parameters
-        for item in chosen:
-            rows, columns = item.shape
-            reached = tokens * (share[item.layer] if item.expert is not None and item.layer is not None else 1.0)
-            flops += SOLVER_SLOWDOWN * (2 * reached * columns**2 + columns**3 + 6 * rows * columns**2)
-    hidden = tokens * seen.hidden * 2
-    memory = 600 * 2**20 + seen.largest_layer_bytes + 2 * hidden + stored // max(seen.layers, 1)
-    return QuantizeEstimate(
-        solver=prepared.method.name,
-        matrices=len(chosen),
-        widths=grid_counts(packing),
-        group=prepared.wanted.group,
-        bytes_before=tensor_bytes(model.source),
-        bytes_after=tensor_bytes(split) - before + stored,
-        bits_per_weight=8 * stored / weights,
-        tokens=tokens,
-        seconds=flops / rate + (seen.bytes + 2 * stored) / DISK_BYTES_PER_SECOND + 6,
-        memory_bytes=min(memory, common.max_memory or memory),
-        disk_bytes=stored,
-        assumes=f"{rate / 1e9:.0f} GFLOP/s (measured now), disk 1 GB/s, 6 s to start",
-    )
 
 
 def views(model: Opened, plan: Plan | None = None) -> tuple[Source, Applied]:

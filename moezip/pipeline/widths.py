@@ -41,7 +41,7 @@ from moezip.registry import NoParams, lookup
 if TYPE_CHECKING:
     from moezip.calibrate.data import DomainText, Rows
     from moezip.calibrate.statistics import Statistics
-    from moezip.pipeline.quantize import Item
+    from moezip.pipeline.items import Item
 
 LEAST_OTHERS = 4
 # Linears that are no experts' are read by every token: the allocators leave them at least so many bits.
