@@ -402,7 +402,8 @@ def quantize(
         if dry_run:
             results.show_quantize_estimate(estimate_quantize(checkpoint, job, common), as_json)
             return
-        outcome = quantize_command(checkpoint, out, job, common)
+        tell = (lambda chosen: None) if quiet or as_json else results.tell_widths
+        outcome = quantize_command(checkpoint, out, job, common, tell)
     results.show_quantized(outcome, out, as_json, quiet)
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from moezip.pipeline.batch import JobResult
     from moezip.pipeline.quantize import Outcome as QuantizeOutcome
     from moezip.pipeline.quantize_estimate import QuantizeEstimate
+    from moezip.pipeline.widths import Widths
     from moezip.registry import Method
     from moezip.report.overview import Overview
 
@@ -185,6 +186,14 @@ def show_widths(widths: Mapping[str, int]) -> str:
     return ", ".join(f"{count} in {grid}" for grid, count in widths.items())
 
 
+def tell_widths(chosen: Widths) -> None:
+    """The allocation, as soon as it is chosen."""
+    if chosen.table is not None:
+        console.table(f"{chosen.table.counted} by bits", chosen.table.head, chosen.table.rows)
+    for line in chosen.lines:
+        console.say(line)
+
+
 def show_quantized(outcome: QuantizeOutcome, out: Path, as_json: bool, quiet: bool) -> None:
     report = outcome.report
     if as_json:
@@ -192,11 +201,6 @@ def show_quantized(outcome: QuantizeOutcome, out: Path, as_json: bool, quiet: bo
         return
     if quiet:
         return
-    if outcome.chosen.table is not None:
-        table = outcome.chosen.table
-        console.table(f"{table.counted} by bits", table.head, table.rows)
-    for line in outcome.chosen.lines:
-        console.say(line)
     console.pairs(
         str(out),
         {

@@ -279,7 +279,10 @@ class Batch:
         entries = {name: self.recipe.calibration[name] for name in names}
         texts = [DomainText(name, entry.data, entry.tokens) for name, entry in entries.items()]
         settings = _texts(step.settings)
-        return QuantizeJob(step.bits, step.solver, group=step.group_size, settings=settings, texts=texts, plan=plan)
+        return QuantizeJob(
+            step.bits, step.solver, step.allocate, step.size, step.granularity, group=step.group_size,
+            settings=settings, texts=texts, plan=plan,
+        )  # fmt: skip
 
     def _quantize(self, step: Quantize, plan: Plan | None, out: Path, common: Common) -> dict[str, Any]:
         common = replace(common, overwrite=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,7 +115,8 @@ class Outcome:
 
 def prepare_quantize(checkpoint: str, job: QuantizeJob, common: Common) -> Prepared:
     """Raises UsageError, PlanError, CheckpointError or ArchitectureError for everything that can be known now."""
-    from moezip.pipeline.widths import ALLOCATORS, Wanted, check_wanted, needs_prices
+    from moezip.pipeline.widths import Wanted, check_wanted, needs_prices
+    from moezip.plan.allocators import ALLOCATORS
     from moezip.quantize import METHODS
     from moezip.quantize.settings import scale_dtype
 
@@ -154,8 +155,18 @@ def prepare_quantize(checkpoint: str, job: QuantizeJob, common: Common) -> Prepa
 # -- the command --------------------------------------------------------------------------------------------
 
 
-def quantize_command(checkpoint: str, out: Path, job: QuantizeJob, common: Common) -> Outcome:
-    """``moezip quantize``: choose widths, solve layer by layer, write, verify."""
+def quantize_command(
+    checkpoint: str,
+    out: Path,
+    job: QuantizeJob,
+    common: Common,
+    tell: Callable[[Widths], None] = lambda chosen: None,
+) -> Outcome:
+    """``moezip quantize``: choose widths, solve layer by layer, write, verify.
+
+    Args:
+        tell: called with the widths once they are chosen, before anything is solved.
+    """
     from moezip.pipeline.bits import forget_prices
     from moezip.pipeline.layerwise import Solved, job_digest
 
@@ -168,6 +179,7 @@ def quantize_command(checkpoint: str, out: Path, job: QuantizeJob, common: Commo
     rows = read_rows(model, job, common) if job.texts else None
     with clock.stage("plan"):
         chosen = choose(prepared, job, plain, split, rows, folder, common)
+    tell(chosen)
     packing = chosen.packing
     if chosen.plan is not split.plan:
         plain, split = views(model, chosen.plan)

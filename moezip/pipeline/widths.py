@@ -16,11 +16,12 @@ from moezip.formats.packed import Grid
 from moezip.pipeline.bits import WIDTHS, Job, PriceTable, price_bits
 from moezip.pipeline.calibrate import run_calibration
 from moezip.pipeline.common import Common, Opened
+from moezip.plan.allocators import ALLOCATORS
 from moezip.plan.bits import allocate
 from moezip.plan.importance import block_importance, by_score, outlier_score
 from moezip.plan.plan import LayerPlan, Pick, Plan
 from moezip.plan.pmq import WIDTHS as PMQ_WIDTHS
-from moezip.plan.pmq import PmqParams, code_bits, costs, pmq
+from moezip.plan.pmq import code_bits, costs, pmq
 from moezip.plan.price import expert_prices
 from moezip.plan.widths import (
     GRANULARITIES,
@@ -36,7 +37,7 @@ from moezip.plan.widths import (
     width_table,
 )
 from moezip.quantize.settings import UNPACKED, StorageParams
-from moezip.registry import NoParams, lookup
+from moezip.registry import lookup
 
 if TYPE_CHECKING:
     from moezip.calibrate.data import DomainText, Rows
@@ -46,31 +47,6 @@ if TYPE_CHECKING:
 LEAST_OTHERS = 4
 # Linears that are no experts' are read by every token: the allocators leave them at least so many bits.
 LEAST_FREE = 2
-
-
-@dataclass(frozen=True, slots=True)
-class LpParams:
-    """Attributes:
-    drops: whole experts may go as well, where that is cheaper than bits.
-    """
-
-    drops: bool = True
-
-
-ALLOCATORS: Mapping[str, type] = {
-    "uniform": NoParams,
-    "lp": LpParams,
-    "pmq": PmqParams,
-    "outlier": NoParams,
-    "block": NoParams,
-}
-SUMMARIES = {
-    "uniform": "every expert has the same width",
-    "lp": "the least predicted rise of the loss over the whole model, dropped experts included",
-    "pmq": "1, 2 or 3 bits for each expert of a layer, as MC-MoE and MC# share them",
-    "outlier": "more bits for matrices with outliers (QuantMoE-Bench)",
-    "block": "more bits for layers that turn the hidden state most (QuantMoE-Bench)",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,7 +274,16 @@ class Chooser:
             for matrix in table.matrices({item.name: self.split.spec(item.name).bytes for item in self.items})
         ]
         allocation = assigned(matrices, bits, {width: wanted.grid(width) for width in PMQ_WIDTHS}, "pmq")
-        return self._widths(matrices, allocation, table)
+        widths = self._widths(matrices, allocation, table)
+        experts = [matrix for matrix in matrices if matrix.expert is not None]
+        stored = sum(matrix.nbytes(allocation.forms[matrix.name]) for matrix in experts)
+        line = (
+            f"experts: {np.mean(list(bits.values())):.3f} bits of codes on average, "
+            f"{8 * stored / sum(matrix.weights for matrix in experts):.3f} stored bits per weight"
+        )
+        if self.model.architecture.gates_renormalised(self.model.source.config):
+            line += "; gate weights are those after renormalising, where the paper takes them before"
+        return replace(widths, lines=(*widths.lines, line))
 
     def _by_score(self) -> Widths:
         wanted, scores = self.wanted, {}

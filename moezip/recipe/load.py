@@ -190,6 +190,7 @@ def _check_method(action: Prune, recipe: Recipe, loc: Loc, places: Places) -> No
 
 
 def _check_solver(action: Quantize, recipe: Recipe, loc: Loc, places: Places) -> None:
+    from moezip.plan.allocators import ALLOCATORS
     from moezip.quantize import METHODS
     from moezip.quantize.settings import split_settings
 
@@ -198,7 +199,9 @@ def _check_solver(action: Quantize, recipe: Recipe, loc: Loc, places: Places) ->
     except UsageError as error:
         raise RecipeError(error.what, where=places.where((*loc, "solver")), next=error.next) from error
     try:
-        split_settings(method, {key: str(value) for key, value in action.settings.items()})
+        split_settings(
+            method, {key: str(value) for key, value in action.settings.items()}, ALLOCATORS[action.allocate]
+        )
     except UsageError as error:
         raise RecipeError(error.what, where=places.where((*loc, "settings")), next=error.next) from error
     used = recipe.calibration if action.calibration is None else action.calibration

@@ -75,13 +75,17 @@ class Prune(_Record):
 
 
 class Quantize(_Record):
-    """Store weights in ``bits`` bits; after a prune in the same job, those of what it leaves.
+    """Store weights in ``bits`` bits, or in ``size``; after a prune in the same job, those of what it leaves.
 
+    ``size``: a share of the source's bytes, or bytes. ``allocate`` and ``granularity``: who gets how many bits.
     ``calibration``: names whose text the solver sees; all of them if left out. ``settings``: as ``--set`` takes them.
     """
 
-    bits: float = Field(ge=1, le=8)
+    bits: float | None = Field(None, ge=1, le=16)
+    size: float | None = Field(None, gt=0)
     solver: str = "gptq"
+    allocate: Literal["uniform", "lp", "pmq", "outlier", "block"] = "uniform"
+    granularity: Literal["role", "expert", "layer", "model"] = "role"
     group_size: int | None = Field(None, ge=0)
     calibration: Names | None = None
     settings: dict[str, Annotated[Any, AfterValidator(_scalar)]] = {}
