@@ -24,7 +24,7 @@ from moezip.arch.skeleton import Skeleton
 from moezip.calibrate.data import Rows
 from moezip.calibrate.experts import register
 from moezip.calibrate.hidden import HiddenStates
-from moezip.calibrate.memory import steady
+from moezip.calibrate.memory import MAPPED_FROM, steady
 from moezip.checkpoint.source import Source
 from moezip.errors import MoezipError
 
@@ -209,12 +209,13 @@ class Stream:
         """Runs ``count`` micro-batches at a time from now on, each on its share of the cores."""
         self.side_by_side, self._pool = count, _threads(count, max(self._cores // count, 1))
 
-    def steps(self, rows: Rows) -> list[tuple[int, int]]:
-        """Micro-batches as row ranges; none crosses a domain.
+    def steps(self, rows: Rows, most: int | None = None) -> list[tuple[int, int]]:
+        """Micro-batches as row ranges, of at most ``most`` rows if that is less than fits; none crosses a domain.
 
         A domain's rows are shared out evenly, over so many that all who work side by side have something to do.
         """
-        most, steps, start = self.rows_per_step(rows.ids.shape[1]), [], 0
+        fit, steps, start = self.rows_per_step(rows.ids.shape[1]), [], 0
+        most = fit if most is None else max(min(most, fit), 1)
         for _, domain in groupby(rows.domains):
             count = len(list(domain))
             rounds = ceil(count / most / self.side_by_side)
@@ -340,7 +341,9 @@ class Stream:
             self.call(index, rows.ids[start:stop], mask, states.read(start, stop).to(self.device))
             return start, stop, seen(start, stop)
 
-        for _, found in self.side_by_side_results(rows, step):
+        # no experts run, which would be faster on more tokens: temporaries are small enough to be used again at once
+        few = MAPPED_FROM // 2 // (4 * int(self.skeleton.config.hidden_size)) // rows.ids.shape[1]
+        for _, found in self.side_by_side_results(rows, step, few):
             yield found
 
     def advance(self, index: int, rows: Rows, states: HiddenStates, capture: Capture | None = None) -> None:
@@ -357,9 +360,15 @@ class Stream:
                 if capture is not None:
                     capture.add(index, domain, seen)
 
-    def side_by_side_results(self, rows: Rows, step: Callable[[int, int], T]) -> Iterator[tuple[str, T]]:
-        """``step(start, stop)`` of every micro-batch, several at a time; domain and result in order of the rows."""
-        steps = self.steps(rows)
+    def side_by_side_results(
+        self, rows: Rows, step: Callable[[int, int], T], most: int | None = None
+    ) -> Iterator[tuple[str, T]]:
+        """``step(start, stop)`` of every micro-batch, several at a time; domain and result in order of the rows.
+
+        Args:
+            most: as of ``steps``.
+        """
+        steps = self.steps(rows, most)
         if len(steps) == 1:  # it may have all cores
             yield rows.domains[0], step(*steps[0])
             return
