@@ -259,7 +259,7 @@ class Backward:
             for start in range(0, len(positions), chunk):
                 at = positions[start : start + chunk]
                 leaf = hidden[at].to(stream.device).detach().requires_grad_()
-                self._trace.begin(None)
+                self._trace.begin()
                 with torch.enable_grad(), squares_kept(self._trace, dict([head] if head else [])):
                     logs = stream.head(leaf, grad=True).float().log_softmax(-1)
                     text = rows.ids[row, at + 1].to(stream.device)[:, None]
@@ -370,7 +370,7 @@ class Backward:
         hidden = inputs.to(stream.device).detach().clone().requires_grad_()
         scale = _scale(float(given.abs().max()))
         self._recorded.ids = ids
-        self._trace.begin(None if mask is None else mask.reshape(-1).to(stream.device))
+        self._trace.begin()
         with torch.enable_grad():
             output = stream.call(index, self.rows.ids[start:stop], mask, hidden, grad=True)
             output.backward((given * scale).to(device=stream.device, dtype=output.dtype))

@@ -85,7 +85,7 @@ def gradient_sums(
         found["inner_square"][own] = u.square().sum(0).double().cpu().numpy()
         found["inner_grad_square"][own] = v.square().sum(0).double().cpu().numpy() / scale**2
         found["inner_product_square"][own] = (u * v).square().sum(0).double().cpu().numpy() / scale**2
-        for role, squares in part.squares.items():  # the trace left padding out
+        for role, squares in part.squares.items():
             found[f"{role}_grad_square"][part.expert, : squares.shape[0]] = squares.cpu().numpy() / scale**2
     pushes = push.view(-1, top_k)
     drops = {

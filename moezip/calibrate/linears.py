@@ -68,12 +68,11 @@ def _watcher(trace: Trace, name: str) -> Any:
         if not output.requires_grad:
             return
         # a backward on a device runs in a thread of its own, which sees another trace
-        sums, valid = trace.linears, trace.valid
-        rows = output.shape[:-1].numel()
+        sums = trace.linears
 
         def add(squares: torch.Tensor) -> None:
             sums[name] = sums[name] + squares if name in sums else squares
 
-        keep_squares(output, valid if valid is not None and valid.numel() == rows else None, add)
+        keep_squares(output, add)
 
     return watch

@@ -49,7 +49,6 @@ class Trace(threading.local):
     Attributes:
         ids, gates: [T, k] as the router gave them, gates detached.
         parts: one per expert that has tokens.
-        valid: [T], False on padding, None without any; goes in.
         linears: sums of squared output gradients of other linears, by name, [out] float64.
     """
 
@@ -57,13 +56,12 @@ class Trace(threading.local):
         self.ids: Any = None
         self.gates: Any = None
         self.parts: list[Traced] = []
-        self.valid: Any = None
         self.linears: dict[str, torch.Tensor] = {}
 
-    def begin(self, valid: torch.Tensor | None) -> None:
+    def begin(self) -> None:
         """Ready for the next micro-batch."""
         self.clear()
-        self.valid, self.linears = valid, {}
+        self.linears = {}
 
     def clear(self) -> None:
         """Lets go of the graph."""
@@ -106,7 +104,7 @@ def traced_forward(
             out.retain_grad()
         part = Traced(expert, order[start:stop], inner, None if bias is None else out, bias)
         trace.parts.append(part)
-        _keep_products(module, part, product, out, None if trace.valid is None else trace.valid[rows[start:stop]])
+        _keep_products(module, part, product, out)
         del product
         pieces.append(out)
         start = stop
@@ -116,9 +114,7 @@ def traced_forward(
     return (chosen * top_k_weights[:, :, None]).sum(dim=1).to(hidden_states.dtype)
 
 
-def _keep_products(
-    module: Any, part: Traced, product: torch.Tensor, out: torch.Tensor, valid: torch.Tensor | None
-) -> None:
+def _keep_products(module: Any, part: Traced, product: torch.Tensor, out: torch.Tensor) -> None:
     """Fills ``part.squares`` once gradients pass: of gate and up, [at least n, 2F] together, and of ``out`` [n, D]."""
     squares = part.squares
 
@@ -131,21 +127,19 @@ def _keep_products(
     def keep(total: torch.Tensor) -> None:
         squares["down"] = total
 
-    keep_squares(product, valid, split)
-    keep_squares(out, valid, keep)
+    keep_squares(product, split)
+    keep_squares(out, keep)
 
 
-def keep_squares(output: torch.Tensor, valid: torch.Tensor | None, take: Callable[[torch.Tensor], None]) -> None:
+def keep_squares(output: torch.Tensor, take: Callable[[torch.Tensor], None]) -> None:
     """Calls ``take`` with the sum over rows of the squared gradient of ``output`` [..., C], float64 [C], once it is
     known.
 
-    Args:
-        valid: which of the first rows count; None for all. Rows beyond are filling, whose gradient is 0.
+    Padding needs no mask: no scored token sees it, so its gradients are 0, as are those of filling rows.
     """
 
     def passing(gradient: torch.Tensor) -> None:
-        flat = gradient.flatten(0, -2)
-        take(summed_squares(flat if valid is None else flat[: valid.numel()][valid]))
+        take(summed_squares(gradient.flatten(0, -2)))
 
     output.register_hook(passing)
 
