@@ -6,8 +6,8 @@ One streamed forward and backward pass over the calibration text; every plan is 
 a view, so that no checkpoint is written. At one ratio all plans remove the same number of expert weights (neurons or
 whole experts), so their checkpoints have the same size but for the routers' rows. Prints, per plan, the predicted rise
 of the loss on the calibration domain, bare and corrected by measured probes, beside the measured one on held-out text
-of that domain, the mean rise over all held-out texts, and Spearman's rank correlation of predicted and measured.
-Markdown.
+of that domain, the mean rise over all held-out texts, Spearman's rank correlation of predicted and measured, and the
+median of measured over predicted, by what the plans remove. Markdown.
 """
 
 from __future__ import annotations
@@ -34,6 +34,20 @@ PLANS: tuple[tuple[str, str, dict[str, str], str], ...] = (
     ("tcess as coded", "tcess", {"form": "coded", "top": "1"}, "layer"),
     ("random", "random", {}, "layer"),
 )
+
+
+# A rise below this, in nats per token, is about as large as its own noise and has no ratio to speak of.
+LEAST_RISE = 0.001
+
+
+def median_ratios(values: list[dict[str, Any]], key: str) -> str:
+    """Median of measured over predicted rises: all plans, those of experts, those of neurons."""
+    found = []
+    for name, kinds in (("all", (False, True)), ("experts", (False,)), ("neurons", (True,))):
+        own = [v for v in values if v["measured"] >= LEAST_RISE and v["plan"].startswith("heapr") in kinds]
+        ratios = [v["measured"] / v[key] for v in own]
+        found.append(f"{name} {measure.median(ratios):.2f} of {len(own)}" if own else f"{name} -")
+    return ", ".join(found)
 
 
 def losses(source: Any, texts: list[Path], given: argparse.Namespace) -> dict[str, float]:
@@ -113,6 +127,7 @@ def main() -> None:
         rank = spearmanr([each[key] for each in values], measured).statistic
         name = "bare" if key == "bare" else "corrected"
         print(f"\nrank correlation of {name} prices and measured rises over {len(values)} plans: {rank:.3f}")
+        print(f"measured over predicted, median where at least {LEAST_RISE}: {median_ratios(values, key)}")
     probes = [asdict(probe) for probe in stats.probes]
     measure.save(given.json, {"prices": values, "dense": dense, "factors": factors, "probes": probes})
 

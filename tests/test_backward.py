@@ -226,8 +226,12 @@ def squares_of(model: Any, rows: Rows, like: Backward) -> Squares:
     return experts, linears
 
 
-def error_of(own: np.ndarray, wanted: np.ndarray) -> float:
-    """Relative error as norms, the worst row's."""
+def error_of(own_squares: np.ndarray, wanted_squares: np.ndarray) -> float:
+    """Relative error of the gradients' norms over tokens, the worst row's.
+
+    What is kept are squares; the law's bound is of gradients, and squaring doubles a relative error.
+    """
+    own, wanted = np.sqrt(own_squares), np.sqrt(wanted_squares)
     size = np.linalg.norm(wanted, axis=-1)
     return float((np.linalg.norm(own - wanted, axis=-1) / np.where(size > 0, size, 1)).max())
 
@@ -505,6 +509,9 @@ def test_a_dry_run_says_how_much_disk(tiny: Any, tmp_path: Path, cli: Any) -> No
     text.write_text("some text")
     words = ("--method", "nats", "--keep", 4, "--data", text, "--tokens", 60, "--dry-run", "--json")
     found = cli("prune", tiny("deepseek_v3"), tmp_path / "out", *words)
+    # the hidden states of the model and three variants in each of two layers: 7 * 60 * 32 * 4
+    assert found.json["disk_bytes"] == 53_760
+    found = cli("prune", tiny("deepseek_v3"), tmp_path / "out", *words, "--set", "probes=0")
     assert found.json["disk_bytes"] == 38_640  # see above
 
 

@@ -14,18 +14,30 @@ import torch
 
 from moezip.arch.families import identify
 from moezip.arch.spec import LayerFacts
-from moezip.calibrate.data import Rows
-from moezip.calibrate.probes import Decision, Measured, layer_tokens, measure, spread_rows
+from moezip.calibrate.data import DomainText, Rows, load_rows
+from moezip.calibrate.probes import (
+    LEAST_TOKENS,
+    PASSES,
+    PROBE_TOKENS,
+    Decision,
+    Measured,
+    affordable_tokens,
+    layer_passes,
+    measure,
+    spread_rows,
+    unseen_rows,
+)
 from moezip.calibrate.statistics import Domain, Probe, Statistics
 from moezip.checkpoint.reader import Checkpoint
 from moezip.checkpoint.source import Source
 from moezip.errors import MoezipError, UsageError
 from moezip.pipeline import Common, PruneJob, make_plan, opened, prepare_prune
-from moezip.pipeline.probes import factor_note, probing, probing_cost
+from moezip.pipeline.probes import ProbingCost, factor_note, probing, probing_cost
 from moezip.plan.apply import Applied
-from moezip.plan.factors import Factors, expert_lots, factors_of, fit, neuron_shares, probes_of, removable, slope
+from moezip.plan.factors import Factors, expert_lots, factors_of, fit, neuron_shares, probes_of, ratio, removable
 from moezip.plan.plan import LayerPlan, Pick, Plan
 from moezip.plan.price import expert_prices, neuron_prices, predicted_nats
+from moezip.progress import Progress
 from moezip.prune.heapr import HEAPR, HeaprParams
 from moezip.prune.nats import NATS, NatsParams
 from moezip.prune.reap import REAP
@@ -147,24 +159,50 @@ def test_probed_text_is_spread_over_the_rows() -> None:
     assert some.ids[:, 0].tolist() == [8, 28] and some.domains == ("a", "b")
     assert spread_rows(rows, 3).ids.tolist() == [[20, 21, 22]]  # a row longer than allowed is cut
     assert spread_rows(rows, 1000).ids.tolist() == rows.ids.tolist()
+    # long windows are cut so that there are several: 512 tokens of windows of 300 are two of 256
+    assert spread_rows(Rows(torch.arange(900).view(3, 300), None, ("a",) * 3), 512).ids[:, -1].tolist() == [255, 855]
+
+
+class Words:
+    """A tokenizer of numbers; 0 ends a text."""
+
+    eos_token_id = 0
+
+    def __call__(self, text: str, **_options: Any) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=[int(word) for word in text.split()])
+
+
+def test_unseen_text_follows_what_was_calibrated_on(tmp_path: Path) -> None:
+    words: Any = Words()
+    for name, length in (("long", 40), ("short", 11)):
+        (tmp_path / f"{name}.txt").write_text(" ".join(map(str, range(1, length + 1))))
+    texts = [DomainText(name, (tmp_path / f"{name}.txt",), 10) for name in ("long", "short")]
+    rows = load_rows(texts, words, 4)
+    assert rows.ids[:, 0].tolist() == [1, 5, 1, 5]
+    found = unseen_rows(rows, texts, words, 4)
+    # long: tokens 9 and 10 filled no window and come first; its end-of-text token makes 41, ten windows. short: 12 with
+    # its end-of-text token, one more window.
+    assert found.ids[:, 0].tolist() == [*range(9, 41, 4), 9] and found.ids[-1].tolist() == [9, 10, 11, 0]
+    assert found.domains == ("long",) * 8 + ("short",) and found.mask is None
+    # a file that ends gives the same once more, also where it is shorter than a window
+    assert unseen_rows(rows, [texts[1]], words, 5).ids.tolist() == rows.ids[2:].tolist()
+    alone = load_rows([DomainText("short", texts[1].paths, 100)], words, 64)
+    assert unseen_rows(alone, [DomainText("short", texts[1].paths, 100)], words, 64).ids.tolist() == alone.ids.tolist()
 
 
 # -- factors ------------------------------------------------------------------------------------------------
 
 
-def probe(layer: int, predicted: float, measured: float, error: float = 0.0, kind: str = "experts") -> Probe:
-    return Probe(layer, kind, 1, predicted, measured, error, 0.0, 100)
+def probe(layer: int, predicted: float, divergence: float, kind: str = "experts") -> Probe:
+    return Probe(layer, kind, 1, predicted, 0.0, 1.0, divergence, 100)
 
 
-def test_slope_by_hand() -> None:
-    # prices 1 and 2, rises 3 and 4, no noise: weights 1 / (p / 2)^2 = 4 and 1, so that each ratio counts alike:
-    # (4 * 1 * 3 + 1 * 2 * 4) / (4 * 1 + 1 * 4) = 20 / 8; error 1 / sqrt(8)
-    factor, error = slope([probe(0, 1.0, 3.0), probe(0, 2.0, 4.0)])
-    assert factor == pytest.approx(2.5) and error == pytest.approx(8**-0.5)
-    # an error of sqrt(3) on the first: weight 1 / (3 + 1/4) = 4 / 13; (12 / 13 + 8) / (4 / 13 + 4) = 116 / 56
-    factor, error = slope([probe(0, 1.0, 3.0, 3**0.5), probe(0, 2.0, 4.0)])
-    assert factor == pytest.approx(116 / 56) and error == pytest.approx((56 / 13) ** -0.5)
-    assert slope([probe(0, 0.0, 1.0)]) == (1.0, float("inf"))
+def test_ratio_by_hand() -> None:
+    # prices 1 and 2, divergences 3 and 4: 7 / 3, nearer to the dearer one's 2 than to the other's 3
+    assert ratio([probe(0, 1.0, 3.0), probe(0, 2.0, 4.0)]) == pytest.approx(7 / 3)
+    # a probe without a price tells nothing alone, and its divergence belongs to the sum
+    assert ratio([probe(0, 0.0, 1.0)]) is None and ratio([]) is None
+    assert ratio([probe(0, 0.0, 1.0), probe(0, 1.0, 1.0)]) == 2.0
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.0, 2.7])
@@ -176,23 +214,17 @@ def test_a_planted_scale_is_found(scale: float) -> None:
     assert found.of("neurons", 0) == 1.0
 
 
-def test_layers_that_do_not_tell_take_the_common_factor() -> None:
-    # layer 0: two clean probes with ratio 2. Layer 1: ratio 5, but an error of ten times the price.
-    probes = [probe(0, 1.0, 2.0), probe(0, 1.0, 2.0), probe(1, 1.0, 5.0, 10.0)]
-    found = fit(probes)
-    assert found.layers == {"experts": {0: pytest.approx(2.0)}}
-    # together: weights 4, 4, 1 / (100 + 1 / 4): (16 + 5 / 100.25) / (8 + 1 / 100.25)
-    assert found.of("experts", 1) == found.pooled["experts"] == pytest.approx((16 + 5 / 100.25) / (8 + 1 / 100.25))
-    assert found.to_json() == {"experts": {"pooled": found.pooled["experts"], "layers": {"0": pytest.approx(2.0)}}}
+def test_layers_without_a_price_take_the_common_factor() -> None:
+    found = fit([probe(0, 1.0, 2.0), probe(2, 3.0, 12.0), probe(1, 0.0, 0.0)])
+    assert found.layers == {"experts": {0: 2.0, 2: 4.0}}
+    assert found.of("experts", 1) == found.pooled["experts"] == 14 / 4
+    assert found.to_json() == {"experts": {"pooled": 3.5, "layers": {"0": 2.0, "2": 4.0}}}
 
 
-def test_factors_keep_to_a_range_and_noise_gives_none() -> None:
+def test_factors_keep_to_a_range() -> None:
     assert fit([probe(0, 1.0, 100.0)] * 3).pooled == {"experts": 8.0}
     assert fit([probe(0, 1.0, 0.1, kind="neurons")] * 3).pooled == {"neurons": 0.25}
-    # a loss that falls is clearly less than predicted; what noise swallows is no factor at all
-    assert fit([probe(0, 1.0, -1.0)] * 3).pooled == {"experts": 0.25}
-    assert fit([probe(0, 1.0, 2.0, 100.0)] * 3) == Factors()
-    assert fit([]) == Factors()
+    assert fit([probe(0, 0.0, 1.0)]) == fit([]) == Factors()
 
 
 # -- what is probed -----------------------------------------------------------------------------------------
@@ -282,11 +314,40 @@ def test_only_priced_methods_ask_for_probes() -> None:
 
 def test_cost_by_hand() -> None:
     facts = [LayerFacts(1, 6, 2, 4, 4), LayerFacts(2, 6, 2, 4, 4)]
-    # three layers: the model runs 3, three variants of layer 1 run 2 each, three of layer 2 run 1: 3 + 6 + 3 = 12
-    assert probing_cost(facts, 3, 100, 3, ("experts",)) == 1200
-    assert probing_cost(facts, 3, 10**6, 3, ("experts",)) == 12 * 2048
-    assert probing_cost(facts, 3, 100, 3, ()) == 0
-    assert layer_tokens(100, [Decision(layer, (0,)) for layer in (1, 1, 1, 2, 2, 2)], 3) == 1200
+    # three layers: the model runs 3, three variants of layer 1 run 2 each, three of layer 2 run 1: 3 + 6 + 3 = 12;
+    # seven times 100 tokens' hidden states of 4 numbers of 2 bytes
+    assert layer_passes([1, 1, 1, 2, 2, 2], 3) == 12
+    assert probing_cost(facts, 3, 100, 3, ("experts",)) == ProbingCost(1200, 7 * 100 * 4 * 2)
+    assert probing_cost(facts, 3, 10**6, 3, ("experts",), 4) == ProbingCost(12 * 2048, 7 * 2048 * 4 * 4)
+    assert probing_cost(facts, 3, 100, 3, ()) == ProbingCost()
+
+
+def test_text_of_probes_costs_no_more_than_some_passes() -> None:
+    places = [1, 1, 1, 2, 2, 2]
+    # PASSES forward passes of 4000 tokens through 3 layers, shared out over 12
+    assert affordable_tokens(places, 3, 4000) == PASSES * 4000 * 3 // 12
+    assert affordable_tokens(places, 3, 10**6) == PROBE_TOKENS
+    assert affordable_tokens(places, 3, 600) == LEAST_TOKENS
+    assert affordable_tokens(places, 3, 100) == 100  # there is no more
+
+
+def test_disk_is_told_before_it_is_used(tiny: Tiny, tmp_path: Path, monkeypatch: Any) -> None:
+    from moezip.calibrate import stream
+
+    rows, told, most = rows_of(), list[int](), 0
+    monkeypatch.setattr(stream.Stream, "hidden_budget", lambda self: 2_000)
+
+    def watch(progress: Progress) -> None:
+        nonlocal most
+        if progress.stage == "reserve disk":
+            told.append(progress.total)
+        else:
+            most = max(most, sum(file.stat().st_size for file in tmp_path.iterdir()))
+
+    with Checkpoint.open(tiny("qwen3_moe")) as source:
+        [fact, *_] = identify(source.config).layer_facts(source.config)
+        measure(source, rows, [Decision(1, (0,))], workdir=tmp_path, watch=watch, dtype=torch.float32)
+    assert told == [most] == [2 * rows.ids.numel() * fact.hidden * 4]
 
 
 # -- through the pipeline -----------------------------------------------------------------------------------

@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from moezip.arch.reduced import fewer_experts, silence_neurons
-from moezip.calibrate.data import Rows
+from moezip.calibrate.data import DomainText, Rows, stack, text_files, token_stream, windows
 from moezip.calibrate.hidden import HiddenStates
+from moezip.calibrate.memory import give_back
 from moezip.calibrate.statistics import Array
 from moezip.calibrate.stream import Stream
 from moezip.checkpoint.source import Source
@@ -28,8 +29,15 @@ from moezip.progress import Progress, Watch, unwatched
 if TYPE_CHECKING:
     import torch
 
-# Text of one variant: enough to tell a dear expert, few enough that dozens of variants cost about one pass.
+# Text of one variant: at most this many tokens, which is enough to tell a dear expert;
 PROBE_TOKENS = 2_048
+# fewer where all variants together would cost more than this many forward passes over the calibration text (a pass with
+# gradients costs about as much as four or five of them),
+PASSES = 1
+# but never less: some experts would not be asked for at all.
+LEAST_TOKENS = 512
+# Windows are cut to this, so that a text of 2,048 tokens is not one window of one document.
+PROBE_WINDOW = 256
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,17 +85,57 @@ class Measured:
 
 
 def spread_rows(rows: Rows, tokens: int = PROBE_TOKENS) -> Rows:
-    """At most ``tokens`` tokens of ``rows``, as windows at even distances; a window that is longer is cut."""
-    count, width = rows.ids.shape
+    """At most ``tokens`` tokens of ``rows``: the beginnings of windows at even distances."""
+    count, width = len(rows.ids), min(rows.ids.shape[1], PROBE_WINDOW, tokens)
     wanted = min(max(tokens // width, 1), count)
     chosen = [int((place + 0.5) * count / wanted) for place in range(wanted)]
-    mask = None if rows.mask is None else rows.mask[chosen, :tokens]
-    return Rows(rows.ids[chosen, :tokens], mask, tuple(rows.domains[row] for row in chosen))
+    mask = None if rows.mask is None else rows.mask[chosen, :width]
+    return Rows(rows.ids[chosen, :width], mask, tuple(rows.domains[row] for row in chosen))
 
 
-def layer_tokens(rows: int, decisions: Sequence[Decision], layers: int) -> int:
-    """Tokens times decoder layers that measuring takes, with ``rows`` tokens of text: what the pass costs."""
-    return rows * (layers + sum(layers - decision.layer for decision in decisions))
+def unseen_rows(rows: Rows, texts: Sequence[DomainText], tokenizer: Any, seq_len: int) -> Rows:
+    """Windows that follow in the files of ``texts`` behind those that ``load_rows`` made ``rows`` of.
+
+    What is cheap on the text that prices were taken from is dearer on any other, because it was chosen by that text:
+    only other text tells what a price is worth. A domain whose files end gives its own rows once more.
+    """
+    found: list[list[int]] = []
+    names: list[str] = []
+    for text in texts:
+        files = [file for path in text.paths for file in text_files(path)]
+        share, more = max(text.tokens // len(files), 2), max(PROBE_TOKENS // len(files), seq_len)
+        own: list[list[int]] = []
+        if share >= seq_len:  # else the file's only window is shorter, and a longer one would hold it
+            begun = share // seq_len * seq_len
+            streams = (token_stream(file, tokenizer, begun + more)[begun:] for file in files)
+            own = [window for stream in streams if len(stream) >= seq_len for window in windows(stream, seq_len)]
+        if not own:
+            again = [row for row, name in enumerate(rows.domains) if name == text.name]
+            valid = rows.ids if rows.mask is None else rows.ids.masked_fill(~rows.mask, -1)
+            own = [[token for token in valid[row].tolist() if token >= 0] for row in again]
+        found += own
+        names += [text.name] * len(own)
+    return stack(found, names)
+
+
+def layer_passes(places: Sequence[int], layers: int) -> int:
+    """Decoder layers that each token of the text runs through: what measuring costs.
+
+    Args:
+        places: the layer of every variant. layers: of the model.
+    """
+    return layers + sum(layers - place for place in places)
+
+
+def affordable_tokens(places: Sequence[int], layers: int, tokens: int) -> int:
+    """Tokens of text for variants in these layers, where ``tokens`` were calibrated on; the limits are above."""
+    equal_cost = PASSES * tokens * layers // layer_passes(places, layers)
+    return min(max(equal_cost, LEAST_TOKENS), PROBE_TOKENS, tokens)
+
+
+def hidden_states_bytes(tokens: int, hidden: int, itemsize: int, variants: int) -> int:
+    """What the hidden states of the model and its variants take, in memory or else on disk."""
+    return tokens * hidden * itemsize * (variants + 1)
 
 
 def measure(
@@ -106,7 +154,7 @@ def measure(
 
     Args:
         decisions: one per variant; those of neurons in one layer grow: each holds all neurons of the one before.
-        workdir: where hidden states are kept that outgrow memory.
+        workdir: where hidden states are kept that outgrow memory; how much disk that takes is told first.
 
     Raises:
         MoezipError: values that are not finite, too little memory and no ``workdir``.
@@ -117,10 +165,11 @@ def measure(
     ordered = [decisions[at] for at in order]
     _require_growth(ordered)
     plain = Rows(rows.ids, rows.mask, ("probes",) * len(rows.ids))
-    with _all_states(stream, plain, len(ordered) + 1, workdir) as states:
+    with _all_states(stream, plain, len(ordered), workdir, watch) as states:
         _forward(stream, plain, ordered, states, watch)
         found = _losses(stream, plain, len(ordered), states)
     stream.skeleton.free(stream.skeleton.outer_targets())
+    give_back()
     back = np.argsort(order)
     return Measured(found.scored, found.base, found.rises[back], found.squares[back], found.divergences[back])
 
@@ -140,61 +189,72 @@ def _require_growth(decisions: Sequence[Decision]) -> None:
 
 
 @contextmanager
-def _all_states(stream: Stream, rows: Rows, variants: int, workdir: Path | None) -> Iterator[HiddenStates]:
+def _all_states(
+    stream: Stream, rows: Rows, variants: int, workdir: Path | None, watch: Watch
+) -> Iterator[HiddenStates]:
     """Room for the hidden states of the model (first) and of every variant, in memory or in a file."""
-    shape = (variants * rows.ids.shape[0], rows.ids.shape[1], int(stream.skeleton.config.hidden_size))
-    # the copy on which a new variant is run, and the model's own states at the beginning
-    need = stream.hidden_bytes(rows) * (variants + 2)
+    hidden, itemsize = int(stream.skeleton.config.hidden_size), stream.skeleton.dtype.itemsize
+    own = hidden_states_bytes(rows.ids.numel(), hidden, itemsize, variants)
     file = None
-    if need > stream.hidden_budget():
+    if own + stream.hidden_bytes(rows) > stream.hidden_budget():  # the embeddings' output is beside them at first
         if workdir is None:
             raise MoezipError(
-                f"the hidden states of {variants - 1} probes take {need / 2**30:.2f} GiB, "
+                f"the hidden states of {variants} probes take {own / 2**30:.2f} GiB, "
                 f"{stream.hidden_budget() / 2**30:.2f} GiB are allowed",
                 next="name a --workdir for them, allow more --max-memory, or ask for fewer probes",
             )
         file = workdir / "probes.bin"
-    states = HiddenStates(shape, stream.skeleton.dtype, file)
+        watch(Progress("reserve disk", own, own, "bytes"))
+    states = HiddenStates(((variants + 1) * rows.ids.shape[0], rows.ids.shape[1], hidden), stream.skeleton.dtype, file)
     try:
         yield states
     finally:
         states.close()
 
 
+class _Part(HiddenStates):
+    """Some rows of others, counted from 0, in the same place."""
+
+    def __init__(self, whole: HiddenStates, first: int, count: int):
+        self.whole, self.first = whole, first
+        self.file, self._memory = None, None  # what they are kept in is the others'
+        self.shape, self.dtype, self.row_bytes = (count, *whole.shape[1:]), whole.dtype, whole.row_bytes
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        return self.whole.read(self.first + start, self.first + stop)
+
+    def write(self, start: int, stop: int, rows: torch.Tensor) -> None:
+        self.whole.write(self.first + start, self.first + stop, rows)
+
+
 def _forward(stream: Stream, rows: Rows, decisions: Sequence[Decision], states: HiddenStates, watch: Watch) -> None:
     """Takes the model and all variants to the end of the last layer, in the order of ``decisions``."""
     count, total = len(rows.ids), len(stream.layers)
     entry = stream.skeleton.architecture
+    own = [_Part(states, place * count, count) for place in range(len(decisions) + 1)]
     embedded = stream.embed(rows)
     try:
-        for start, stop in stream.steps(rows):
-            states.write(start, stop, embedded.read(start, stop))
+        own[0].copy_from(embedded)
     finally:
         embedded.close()
     alive = 1
     for index in range(total):
         new = [decision for decision in decisions if decision.layer == index]
-        for place in range(alive, alive + len(new)):  # their input, before the model's own moves on
-            for row in range(count):
-                states.write(place * count + row, place * count + row + 1, states.read(row, row + 1))
+        for part in own[alive : alive + len(new)]:  # their input, before the model's own moves on
+            part.copy_from(own[0])
         next(stream.run(_repeated(rows, alive), states, first=index, last=index, keep=bool(new)))
         layer: Any = stream.layers[index]
         for place, decision in enumerate(new, alive):
-            own = HiddenStates((count, *states.shape[1:]), states.dtype)
-            for row in range(count):
-                own.write(row, row + 1, states.read(place * count + row, place * count + row + 1))
             if decision.neurons is not None:
                 silence_neurons(layer, entry, decision.neurons)
             experts = layer.get_submodule(entry.block).get_submodule(entry.experts_module).num_experts
             kept = [expert for expert in range(experts) if expert not in decision.experts]
             with fewer_experts(layer, entry, kept) if decision.experts else nullcontext():
                 last = place == alive + len(new) - 1
-                next(stream.run(rows, own, first=index, last=index, keep=not last))
-            for row in range(count):
-                states.write(place * count + row, place * count + row + 1, own.read(row, row + 1))
-            own.close()
+                next(stream.run(rows, own[place], first=index, last=index, keep=not last))
         # what was set aside for the last variant came back after the layer was freed
         stream.skeleton.free(stream.skeleton.layer_targets(index))
+        give_back()
         alive += len(new)
         watch(Progress("probes", index + 1, total, tokens=rows.tokens() * (1 + len(decisions))))
 
@@ -208,7 +268,7 @@ def _losses(stream: Stream, rows: Rows, variants: int, states: HiddenStates) -> 
     """Losses of the last hidden states, window by window, of the model and all variants on the same positions."""
     import torch
 
-    count = len(rows.ids)
+    count, width = rows.ids.shape
     scored, base = np.zeros(count), np.zeros(count)
     rises, squares, divergences = (np.zeros((variants, count)) for _ in range(3))
     stream.load_head()
@@ -216,17 +276,17 @@ def _losses(stream: Stream, rows: Rows, variants: int, states: HiddenStates) -> 
     for row in range(count):
         positions = rows.scored(row)
         scored[row] = len(positions)
-        kept = [states.read(place * count + row, place * count + row + 1)[0] for place in range(variants + 1)]
         for start in range(0, len(positions), chunk):
             at = positions[start : start + chunk]
             text = rows.ids[row, at + 1].to(stream.device)[:, None]
             with torch.inference_mode():
-                ours = stream.head(kept[0][at]).float().log_softmax(-1)
+                ours = stream.head(states.gather(row * width + at.numpy())).float().log_softmax(-1)
                 losses = -ours.gather(1, text)[:, 0].double()
                 shares = ours.exp()
                 base[row] += float(losses.sum())
-                for place, hidden in enumerate(kept[1:]):
-                    theirs = stream.head(hidden[at]).float().log_softmax(-1)
+                for place in range(variants):
+                    hidden = states.gather(((place + 1) * count + row) * width + at.numpy())
+                    theirs = stream.head(hidden).float().log_softmax(-1)
                     rise = -theirs.gather(1, text)[:, 0].double() - losses
                     rises[place, row] += float(rise.sum())
                     squares[place, row] += float(rise.square().sum())

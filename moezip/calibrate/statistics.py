@@ -71,7 +71,7 @@ class Domain:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """One decision, priced by a backward pass and then taken and measured on some of the same text.
+    """One decision, priced by a backward pass and then taken and measured, on other text if there was any.
 
     Attributes:
         layer: where. kind: ``experts`` or ``neurons``. size: how many of them went.

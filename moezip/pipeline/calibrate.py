@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,14 +54,18 @@ def run_calibration(
     records, gradients = records_named(record), labels if wants_gradients(record) else None
     tokenizer = tokenizer_of(model.source.folder)
     common.watch(Progress("read text", 0, 1, "steps"))
-    rows = load_rows(texts, tokenizer, common.seq_len or default_seq_len(model.source.config))
+    seq_len = common.seq_len or default_seq_len(model.source.config)
+    rows = load_rows(texts, tokenizer, seq_len)
     common.watch(Progress("read text", 1, 1, "steps"))
     workdir = common.workdir or workdir
 
     def probed(stats: Statistics) -> Statistics:
         if not gradients or not probes or stats.probes:
             return stats
-        stats = with_probes(model, rows, stats, common, probes, kinds, workdir)
+        from moezip.calibrate.probes import unseen_rows
+
+        unseen = partial(unseen_rows, rows, texts, tokenizer, seq_len)
+        stats = with_probes(model, rows, unseen, stats, common, probes, kinds, workdir)
         if workdir is not None:
             stats.save(workdir / KEPT)
         return stats

@@ -31,7 +31,7 @@ class Estimate:
     Attributes:
         kept: ids by layer, where they can be known without data.
         seconds, memory_bytes: rough; ``assumes`` says on what.
-        disk_bytes: kept on disk while a backward pass runs, beside the output.
+        disk_bytes: kept on disk while a backward pass runs, or probes are measured after it, beside the output.
         probe_layer_tokens: tokens times decoder layers that measured probes run through, after that pass.
     """
 
@@ -89,14 +89,17 @@ def dry_run(checkpoint: str, job: PruneJob, common: Common) -> Estimate:
     seconds = tokens * 2 * seen.active_parameters * work / rate + (reads + 2 * after) / DISK_BYTES_PER_SECOND
     seconds += tokens * own_seconds(prepared, rate)
     asked = probing([(prepared.method, prepared.params)] if gradients else [])
-    probes = probing_cost(model.facts, seen.layers, tokens, asked["probes"], asked["kinds"])
+    itemsize = 4 if seen.dtype == "F32" else 2
+    cost = probing_cost(model.facts, seen.layers, tokens, asked["probes"], asked["kinds"], itemsize)
+    probes = cost.layer_tokens
     seconds += probes / seen.layers * 2 * seen.active_parameters / rate
     seconds += seen.bytes / DISK_BYTES_PER_SECOND if probes else 0
     disk = 0
     if gradients:
         from moezip.calibrate.kept import disk_bytes
 
-        disk = disk_bytes(tokens, seen.hidden, 4 if seen.dtype == "F32" else 2, seen.layers, model.facts)
+        backward = disk_bytes(tokens, seen.hidden, itemsize, seen.layers, model.facts)
+        disk = max(backward, cost.disk_bytes)  # one after the other
     memory = (600 * 2**20 + seen.largest_layer_bytes + hidden) if passes else 400 * 2**20
     return Estimate(
         method=prepared.method.name,

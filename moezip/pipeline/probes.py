@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,19 +37,24 @@ def probing(prunings: Iterable[tuple[Method, Any]]) -> dict[str, Any]:
 def with_probes(
     model: Opened,
     rows: Rows,
+    unseen: Callable[[], Rows],
     stats: Statistics,
     common: Common,
     count: int,
     kinds: Sequence[str],
     workdir: Path | None,
 ) -> Statistics:
-    """``stats`` with ``count`` probes per layer and kind, measured on some of the rows that it was taken from."""
-    from moezip.calibrate.probes import measure, spread_rows
+    """``stats``, taken from ``rows``, with ``count`` probes per layer and kind, measured on some of the ``unseen``."""
+    from moezip.calibrate.probes import affordable_tokens, measure, spread_rows
 
-    some = spread_rows(rows)
+    layers = model.architecture.integer(model.source.config, model.architecture.layers_key)
+    places = _places(model.facts, count, kinds)
+    if not places:
+        return stats
+    some = spread_rows(unseen(), affordable_tokens(places, layers, rows.ids.numel()))
     scored = [len(some.scored(row)) for row in range(len(some.ids))]
     total = sum(scored)
-    if not count or not total:
+    if not total:
         return stats
     shares: dict[str, float] = {}
     for name, tokens in zip(some.domains, scored, strict=True):
@@ -75,20 +80,40 @@ def with_probes(
     return replace(stats, probes=(*stats.probes, *probes))
 
 
-def probing_cost(facts: Sequence[LayerFacts], layers: int, tokens: int, count: int, kinds: Sequence[str]) -> int:
-    """Tokens times decoder layers that the probes of a calibration with ``tokens`` tokens run through, at most.
+@dataclass(frozen=True, slots=True)
+class ProbingCost:
+    """What the probes of a calibration take, at most.
+
+    Attributes:
+        layer_tokens: tokens times decoder layers that they run through.
+        disk_bytes: of hidden states, where these outgrow memory.
+    """
+
+    layer_tokens: int = 0
+    disk_bytes: int = 0
+
+
+def probing_cost(
+    facts: Sequence[LayerFacts], layers: int, tokens: int, count: int, kinds: Sequence[str], itemsize: int = 2
+) -> ProbingCost:
+    """The cost of ``count`` probes per layer and kind after a calibration with ``tokens`` tokens.
 
     Args:
-        layers: decoder layers of the model.
+        layers: decoder layers of the model. itemsize: bytes of one of its numbers.
     """
-    from moezip.calibrate.probes import PROBE_TOKENS
+    from moezip.calibrate.probes import affordable_tokens, hidden_states_bytes, layer_passes
 
-    each = min(tokens, PROBE_TOKENS)
-    found = 0
-    for fact in facts:
-        variants = sum(count for kind in kinds if kind != EXPERTS or removable(fact))
-        found += variants * (layers - fact.layer)
-    return each * (found + layers) if found else 0
+    places = _places(facts, count, kinds)
+    if not places:
+        return ProbingCost()
+    each = affordable_tokens(places, layers, tokens)
+    disk = hidden_states_bytes(each, facts[0].hidden, itemsize, len(places))
+    return ProbingCost(each * layer_passes(places, layers), disk)
+
+
+def _places(facts: Sequence[LayerFacts], count: int, kinds: Sequence[str]) -> list[int]:
+    """The layer of every probe; there are fewer where experts are too few, or most have no price."""
+    return [fact.layer for fact in facts for kind in kinds if kind != EXPERTS or removable(fact) for _ in range(count)]
 
 
 def factor_note(plan: Plan, stats: Statistics | None) -> str | None:
@@ -108,4 +133,4 @@ def factor_note(plan: Plan, stats: Statistics | None) -> str | None:
             f"the predicted rise is not corrected: the statistics hold no measured probes of {' and '.join(bare)} (a "
             "calibration for this method takes them, and so does `moezip calibrate --record gradients`)"
         )
-    return f"the predicted rise is not corrected: the measured probes of {' and '.join(bare)} are too noisy to tell"
+    return f"the predicted rise is not corrected: the measured probes of {' and '.join(bare)} have no price"

@@ -1,17 +1,18 @@
 """Prices corrected by what a few measured decisions show: one factor per kind of decision and layer.
 
-A second-order price ranks well and is off in size, by a factor that depends on the kind of decision and on the layer
-(a whole expert is no small step, and the expert that steps in brings an error of its own). So after the backward pass a
-few decisions of every layer are taken and measured (``moezip.calibrate.probes``), and the prices of that kind in that
-layer are multiplied by
+A second-order price ranks well and is low in size, by a factor that depends on the kind of decision and on the layer: a
+whole expert is no small step, the expert that steps in brings an error of its own, and what was chosen for being cheap
+on one text is dearer on another. So after the backward pass a few decisions of every layer are taken and measured on
+text that the prices have not seen (``moezip.calibrate.probes``), and the prices of that kind in that layer are
+multiplied by
 
-    f = sum of w p m / sum of w p^2,        w = 1 / (e^2 + (p / 2)^2)
+    f = sum of m / sum of p
 
-the least-squares slope through zero of measured rises m on prices p. A probe's weight counts two errors: e, the
-standard error of its rise, and half its price, by which second order misses single decisions even where the text is
-long; so one very dear expert does not decide alone. The factor's standard error is 1 / sqrt(sum of w p^2).
-A layer in which that exceeds half the factor (or 1/2, where the factor is below 1) takes the factor of all layers
-together, and no factor leaves 1/4 to 8.
+of prices p and measured divergences m, KL(model || probe): what the rise of the loss would be if the text were drawn
+from the model, which is what second order predicts. On 2,048 tokens the rise on the text itself is as large as its
+standard error for most probes; the divergence has hardly any noise, and on 8,192 held-out tokens of the reference model
+both agreed within a tenth for the larger probes. A ratio of sums is a mean of the ratios weighted by price: probes so
+cheap that rounding is all that they show do not count. No factor leaves 1/4 to 8.
 """
 
 from __future__ import annotations
@@ -31,11 +32,6 @@ from moezip.plan.price import expert_prices, neuron_prices
 
 EXPERTS, NEURONS = "experts", "neurons"
 KINDS = (EXPERTS, NEURONS)
-# Share of its price by which a single decision is taken to be off whatever the text.
-SCATTER = 0.5
-# A factor is taken if its standard error is at most this share of it, or of 1 where it is smaller: else small factors
-# would be believed less than large ones.
-DETERMINED = 0.5
 LEAST, MOST = 0.25, 8.0
 
 
@@ -63,37 +59,29 @@ class Factors:
         }
 
 
-def slope(probes: Sequence[Probe]) -> tuple[float, float]:
-    """(factor, its standard error) of some probes, as above; (1, infinity) where nothing has a price."""
-    p, m, e = (np.array([getattr(probe, name) for probe in probes]) for name in ("predicted", "measured", "error"))
-    known = p > 0
-    p, m, e = p[known], m[known], e[known]
-    if not len(p):
-        return 1.0, float("inf")
-    weights = 1.0 / (e**2 + (SCATTER * p) ** 2)
-    steep = float((weights * p**2).sum())
-    return float((weights * p * m).sum()) / steep, steep**-0.5
+def ratio(probes: Sequence[Probe]) -> float | None:
+    """The factor of some probes, as above; None where nothing has a price."""
+    price = sum(probe.predicted for probe in probes)
+    if price <= 0:
+        return None
+    return float(np.clip(sum(probe.divergence for probe in probes) / price, LEAST, MOST))
 
 
 def fit(probes: Sequence[Probe]) -> Factors:
-    """The factors of all kinds that were probed; a kind whose factor no probe determines is left out."""
+    """The factors of all kinds that were probed; a kind whose probes have no price is left out."""
     pooled: dict[str, float] = {}
     layers: dict[str, dict[int, float]] = {}
     for kind in dict.fromkeys(probe.kind for probe in probes):
         own = [probe for probe in probes if probe.kind == kind]
-        middle, error = slope(own)
-        if not _determined(middle, error):
+        middle = ratio(own)
+        if middle is None:
             continue
-        pooled[kind] = float(np.clip(middle, LEAST, MOST))
+        pooled[kind] = middle
         for layer in sorted({probe.layer for probe in own}):
-            factor, error = slope([probe for probe in own if probe.layer == layer])
-            if _determined(factor, error):
-                layers.setdefault(kind, {})[layer] = float(np.clip(factor, LEAST, MOST))
+            factor = ratio([probe for probe in own if probe.layer == layer])
+            if factor is not None:
+                layers.setdefault(kind, {})[layer] = factor
     return Factors(pooled, layers)
-
-
-def _determined(factor: float, error: float) -> bool:
-    return error <= DETERMINED * max(factor, 1.0)
 
 
 # -- which decisions to measure -----------------------------------------------------------------------------
