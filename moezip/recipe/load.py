@@ -19,9 +19,8 @@ from moezip.registry import did_you_mean, lookup, parse_params
 # Things that people will look for here; saying "unknown key" would leave them guessing.
 LATER = {
     "sweep": "write one job per value",
-    "merge": "this version calibrates, prunes and evaluates",
-    "quantize": "this version calibrates, prunes and evaluates",
-    "fit": "this version calibrates, prunes and evaluates",
+    "merge": "this version calibrates, prunes, quantizes and evaluates",
+    "fit": "this version calibrates, prunes, quantizes and evaluates",
 }
 
 
