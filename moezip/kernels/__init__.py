@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # Shares of a group's range that the search for scales tries: 1 must come first, so that ties keep the whole range.
 SHRINK = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.82, 0.79, 0.76, 0.73, 0.7, 0.66, 0.62, 0.58, 0.54, 0.5)
 
-# What doing without the C++ library costs (benchmarks/kernels.py, one expert matrix of 768 x 2048).
+# What doing without the C++ library costs (benchmarks/native.py, one expert matrix of 768 x 2048).
 COST = "quantization takes several times as long"
 
 

@@ -1,6 +1,6 @@
 """The kernels of quantization against what they replace: processor milliseconds on one thread.
 
-    python benchmarks/kernels.py
+    python benchmarks/native.py
 
 GPTQ of one expert matrix: the published way in torch (Cholesky, inverse, Cholesky of the inverse; a Python loop over
 the columns with a block of 128), and moezip's (one Cholesky factor and its inverse by LAPACK, all columns in one call).
