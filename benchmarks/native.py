@@ -3,7 +3,7 @@
     python benchmarks/native.py
 
 GPTQ of one expert matrix: the published way in torch (Cholesky, inverse, Cholesky of the inverse; a Python loop over
-the columns with a block of 128), and moezip's (one Cholesky factor and its inverse by LAPACK, all columns in one call).
+the columns with a block of 128), and moezip's (one Cholesky factor and its inverse, all columns in one call).
 Both choose scales by the whole range of a group; both see the same matrix and the same second moment, the published one
 with its columns reversed, so that they take the same order and should find the same codes. Then the other kernels
 beside torch or numpy. All in turns; the values are medians, Markdown.
