@@ -33,17 +33,29 @@ def plans(items: list[Any], seed: int) -> Iterator[tuple[str, str, Choice]]:
     layers = sorted({item.layer for item in items if item.layer is not None})
     for solver in SOLVERS:
         for bits in (4, 3, 2):
-            yield solver, f"all at {bits}", lambda _, bits=bits: bits
+            yield solver, f"all at {bits}", partial(_same, bits)
     for layer in (layers[0], layers[len(layers) // 2], layers[-1]):
-        yield "gptq", f"layer {layer} at 2", lambda item, layer=layer: 2 if item.layer == layer else None
+        yield "gptq", f"layer {layer} at 2", partial(_where, "layer", layer, 2)
     for kind, bits in (("gate", 2), ("up", 2), ("down", 2), ("attention", 3), ("attention", 2), ("gate", 1)):
         label = f"{kind} at {bits}"
-        yield "gptq", label, lambda item, kind=kind, bits=bits: bits if item.kind == kind else None
+        yield "gptq", label, partial(_where, "kind", kind, bits)
     for number in range(3):
         random = np.random.default_rng(seed + number)
         drawn = {item.name: int(random.choice((1, 2, 3, 4, 8) if number else (2, 3, 4))) for item in items}
         label = f"random {'1 to 8' if number else '2 to 4'}, draw {number}"
-        yield "gptq", label, lambda item, drawn=drawn: drawn[item.name]
+        yield "gptq", label, partial(_drawn, drawn)
+
+
+def _same(bits: int, item: Any) -> int | None:
+    return bits
+
+
+def _where(field: str, value: Any, bits: int, item: Any) -> int | None:
+    return bits if getattr(item, field) == value else None
+
+
+def _drawn(widths: Mapping[str, int], item: Any) -> int | None:
+    return widths[item.name]
 
 
 class Codes:
@@ -64,7 +76,8 @@ class Codes:
         return list(self._own)
 
     def read(self, name: str, rows: range | None = None) -> Any:
-        return self._own[name].read(name, rows)
+        file: Any = self._own[name]
+        return file.read(name, rows)
 
 
 def solved_at(bits: int, solver: str, work: Path, given: Any, job: Any, rows: Any, items: list[Any]) -> Any:

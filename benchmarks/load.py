@@ -98,7 +98,8 @@ def _shards(folder: Path, grid: Any, trip: str) -> dict[str, Any]:
                     tensors[name] = value
                 elif "_proj" in name:
                     packing[name] = grid
-                    tensors |= _codes(name, grid, *value.shape, generator)
+                    rows, columns = value.shape
+                    tensors |= _codes(name, grid, rows, columns, generator)
                 else:
                     tensors[name] = plain(*value.shape)
         save_file(tensors, folder / file, metadata={"format": "pt"})

@@ -102,9 +102,9 @@ def main() -> None:
     print(f"{stats.tokens:,} tokens of {domain}, labels {given.labels}; forward, backward and {len(stats.probes)} "
           f"probes in {seconds:.1f} s; dense {dense[domain]:.4f} on {domain}, {average:.4f} on average\n")  # fmt: skip
     factors = fit(stats.probes).to_json()
-    for kind, found in factors.items():
-        own = ", ".join(f"{layer}: {factor:.2f}" for layer, factor in found["layers"].items())
-        print(f"{kind} x {found['pooled']:.2f} (by layer {own})\n")
+    for kind, entry in factors.items():
+        listed = ", ".join(f"{layer}: {factor:.2f}" for layer, factor in entry["layers"].items())
+        print(f"{kind} x {entry['pooled']:.2f} (by layer {listed})\n")
     rows, values = [], []
     for ratio in given.ratios:
         for label, method, settings, scope in PLANS:
