@@ -32,6 +32,8 @@ LABELS = ("data", "model")
 
 def prices(model: Any, texts: Any, given: argparse.Namespace, labels: Any) -> dict[int, np.ndarray]:
     """Per layer, [E] nats per token, all domains together."""
+    import numpy as np
+
     from moezip.pipeline import Common, run_calibration
     from moezip.plan.price import expert_prices
 
@@ -40,7 +42,7 @@ def prices(model: Any, texts: Any, given: argparse.Namespace, labels: Any) -> di
         stats = run_calibration(model, texts, common, record=["gradients"], workdir=Path(work) / "w", labels=labels)
     total = sum(domain.scored for domain in stats.domains)
     each = [(domain.scored / total, expert_prices(domain)) for domain in stats.domains]
-    return {layer: sum(share * price[layer] for share, price in each) for layer in each[0][1]}
+    return {layer: np.sum([share * price[layer] for share, price in each], axis=0) for layer in each[0][1]}
 
 
 def rises(model: Any, rows: Rows, decisions: list[Decision], given: argparse.Namespace) -> Measured:
