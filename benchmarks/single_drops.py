@@ -60,7 +60,7 @@ def rises(model: Any, rows: Rows, decisions: list[Decision], given: argparse.Nam
         part = Rows(rows.ids[start : start + each], mask, rows.domains[start : start + each])
         found.append(probe(model.source, part, decisions))
         measure.say(f"{min(start + each, len(rows.ids))} of {len(rows.ids)} windows")
-    names = ("scored", "base", "rises", "squares", "divergences")
+    names = ("scored", "base", "rises", "squares", "divergences", "seen")
     return Measured(*(np.concatenate([getattr(part, name) for part in found], axis=-1) for name in names))
 
 

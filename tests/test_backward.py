@@ -509,8 +509,8 @@ def test_a_dry_run_says_how_much_disk(tiny: Any, tmp_path: Path, cli: Any) -> No
     text.write_text("some text")
     words = ("--method", "nats", "--keep", 4, "--data", text, "--tokens", 60, "--dry-run", "--json")
     found = cli("prune", tiny("deepseek_v3"), tmp_path / "out", *words)
-    # the hidden states of the model and three variants in each of two layers: 7 * 60 * 32 * 4
-    assert found.json["disk_bytes"] == 53_760
+    # the hidden states of the model on four times the text, and three variants in each of two layers: 10 * 60 * 32 * 4
+    assert found.json["disk_bytes"] == 76_800
     found = cli("prune", tiny("deepseek_v3"), tmp_path / "out", *words, "--set", "probes=0")
     assert found.json["disk_bytes"] == 38_640  # see above
 

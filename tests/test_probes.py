@@ -19,11 +19,14 @@ from moezip.calibrate.probes import (
     LEAST_TOKENS,
     PASSES,
     PROBE_TOKENS,
+    PROBE_WINDOW,
+    SPREAD,
     Decision,
     Measured,
     affordable_tokens,
     layer_passes,
     measure,
+    shared_out,
     spread_rows,
     unseen_rows,
 )
@@ -110,6 +113,17 @@ def test_every_variant_loses_what_the_view_of_its_plan_loses(name: str, tiny: Ti
             wanted = losses(view(source, decision), rows) - base
             assert np.abs(wanted).max() > 100 * SAME  # a decision that changes nothing would prove nothing
             assert np.abs(found.rises[place] - wanted).max() <= 2 * SAME * 11, decision
+        # each on windows of its own: the same there, nothing elsewhere
+        some = measure(source, rows, decisions, [[2], [0, 1], [1, 2], [0]], dtype=torch.float32)
+        assert some.seen.tolist() == [
+            [False, False, True],
+            [True, True, False],
+            [False, True, True],
+            [True] + [False] * 2,
+        ]
+        assert some.tokens().tolist() == [8, 22, 19, 11]
+        assert np.abs(some.rises - found.rises * some.seen).max() <= 2 * SAME * 11
+        assert np.abs(some.divergences - found.divergences * some.seen).max() <= 2 * SAME * 11
 
 
 def test_a_quantized_source_is_probed_too(tiny: Tiny) -> None:
@@ -148,7 +162,7 @@ def test_neurons_that_do_not_grow_are_refused(tiny: Tiny) -> None:
 def test_mean_and_error_by_hand() -> None:
     # four tokens in two windows rise by 1, 3 and 0, 0: mean 1, mean square 10 / 4, variance 1.5, error sqrt(1.5 / 4)
     one = np.array([2.0, 2.0])
-    found = Measured(one, one, np.array([[4.0, 0.0]]), np.array([[10.0, 0.0]]), np.zeros((1, 2)))
+    found = Measured(one, one, np.array([[4.0, 0.0]]), np.array([[10.0, 0.0]]), np.zeros((1, 2)), one[None] > 0)
     assert found.rise().tolist() == [1.0]
     assert found.error() == pytest.approx([np.sqrt(1.5 / 4)])
 
@@ -159,8 +173,15 @@ def test_probed_text_is_spread_over_the_rows() -> None:
     assert some.ids[:, 0].tolist() == [8, 28] and some.domains == ("a", "b")
     assert spread_rows(rows, 3).ids.tolist() == [[20, 21, 22]]  # a row longer than allowed is cut
     assert spread_rows(rows, 1000).ids.tolist() == rows.ids.tolist()
-    # long windows are cut so that there are several: 512 tokens of windows of 300 are two of 256
-    assert spread_rows(Rows(torch.arange(900).view(3, 300), None, ("a",) * 3), 512).ids[:, -1].tolist() == [255, 855]
+    # long windows are cut so that there are several
+    long, cut = PROBE_WINDOW + 8, PROBE_WINDOW
+    many = Rows(torch.arange(3 * long).view(3, long), None, ("a",) * 3)
+    assert spread_rows(many, 2 * cut).ids[:, -1].tolist() == [cut - 1, 2 * long + cut - 1]
+
+
+def test_windows_are_shared_out_evenly() -> None:
+    assert [list(share) for share in shared_out(9, 5)] == [[0, 4], [1, 5], [2, 6], [3, 7], [0, 4]]
+    assert [list(share) for share in shared_out(2, 3)] == [[0], [1], [0]]  # fewer windows than SPREAD
 
 
 class Words:
@@ -180,10 +201,10 @@ def test_unseen_text_follows_what_was_calibrated_on(tmp_path: Path) -> None:
     rows = load_rows(texts, words, 4)
     assert rows.ids[:, 0].tolist() == [1, 5, 1, 5]
     found = unseen_rows(rows, texts, words, 4)
-    # long: tokens 9 and 10 filled no window and come first; its end-of-text token makes 41, ten windows. short: 12 with
-    # its end-of-text token, one more window.
-    assert found.ids[:, 0].tolist() == [*range(9, 41, 4), 9] and found.ids[-1].tolist() == [9, 10, 11, 0]
-    assert found.domains == ("long",) * 8 + ("short",) and found.mask is None
+    # tokens 9 and 10 filled no window and come first; as many again as went before, or to the end of the file, which
+    # for the short one comes after token 11 and the end of its text
+    assert found.ids[:, 0].tolist() == [9, 13, 9] and found.ids[-1].tolist() == [9, 10, 11, 0]
+    assert found.domains == ("long", "long", "short") and found.mask is None
     # a file that ends gives the same once more, also where it is shorter than a window
     assert unseen_rows(rows, [texts[1]], words, 5).ids.tolist() == rows.ids[2:].tolist()
     alone = load_rows([DomainText("short", texts[1].paths, 100)], words, 64)
@@ -234,14 +255,15 @@ FACT = LayerFacts(layer=2, experts=6, top_k=2, hidden=4, width=4)
 
 def test_lots_by_hand() -> None:
     price = np.array([5.0, 0.0, 3.0, 1.0, 4.0, 2.0])
-    # ranked 3 5 2 4 0 with a price; middles of three parts of five: places 0, 2, 4; of two: 1, 3
-    assert expert_lots(FACT, price, 3) == [(3,), (2,), (0,)]
-    assert expert_lots(FACT, price, 2) == [(5,), (4,)]
-    assert expert_lots(FACT, price, 9) == [(3,), (5,), (2,), (4,), (0,)]
+    # ranked 1 3 5 2 4 0. Of six: a quarter is one, which has no price; half is three; three quarters are four, and as
+    # many can go, for two must stay
+    assert expert_lots(FACT, price, 3) == [(1, 3, 5), (1, 2, 3, 5)]
+    assert expert_lots(FACT, price, 2) == [(1, 3), (1, 2, 3, 5)]  # thirds
+    assert expert_lots(FACT, price + 1, 9) == [(1,), (1, 3), (1, 3, 5), (1, 2, 3, 5)]
     assert expert_lots(FACT, np.zeros(6), 3) == []
     grouped = LayerFacts(layer=2, experts=6, top_k=2, hidden=4, width=4, groups=2, top_groups=1)
-    # group 0 ranks 1 2 0, group 1 ranks 3 5 4: one of each goes
-    assert expert_lots(grouped, price, 3) == [(1, 3), (2, 5), (0, 4)]
+    # group 0 ranks 1 2 0, group 1 ranks 3 5 4; two must stay in each, so one of each goes
+    assert expert_lots(grouped, price, 3) == [(1, 3)]
     assert removable(FACT) and not removable(LayerFacts(0, 2, 2, 4, 4))
 
 
@@ -267,7 +289,7 @@ def test_prices_of_probes_by_hand() -> None:
     # neurons: of one (1, .5, 1.5, 2, .25, 2.25), times 3/4; half of six, cheapest first: .25 + .5 + 1 = 1.75
     found = probes_of([fact], [one, two], {"one": 0.75, "two": 0.25}, 1)
     assert [(decision.experts, p.kind, p.size, p.predicted) for decision, p in found] == [
-        ((2,), "experts", 1, 0.75),
+        ((1,), "experts", 1, 0.625),
         ((), "neurons", 3, pytest.approx(1.75 * 0.75)),
     ]
     assert found[1][0].neurons is not None
@@ -314,18 +336,18 @@ def test_only_priced_methods_ask_for_probes() -> None:
 
 def test_cost_by_hand() -> None:
     facts = [LayerFacts(1, 6, 2, 4, 4), LayerFacts(2, 6, 2, 4, 4)]
-    # three layers: the model runs 3, three variants of layer 1 run 2 each, three of layer 2 run 1: 3 + 6 + 3 = 12;
-    # seven times 100 tokens' hidden states of 4 numbers of 2 bytes
-    assert layer_passes([1, 1, 1, 2, 2, 2], 3) == 12
-    assert probing_cost(facts, 3, 100, 3, ("experts",)) == ProbingCost(1200, 7 * 100 * 4 * 2)
-    assert probing_cost(facts, 3, 10**6, 3, ("experts",), 4) == ProbingCost(12 * 2048, 7 * 2048 * 4 * 4)
+    # three layers: the model runs 3 on four times the text, three variants of layer 1 run 2 each, three of layer 2 run
+    # 1: 12 + 6 + 3 = 21; 4 + 6 times 100 tokens' hidden states of 4 numbers of 2 bytes
+    assert SPREAD == 4 and layer_passes([1, 1, 1, 2, 2, 2], 3) == 21
+    assert probing_cost(facts, 3, 100, 3, ("experts",)) == ProbingCost(2100, 10 * 100 * 4 * 2)
+    assert probing_cost(facts, 3, 10**6, 3, ("experts",), 4) == ProbingCost(21 * 2048, 10 * 2048 * 4 * 4)
     assert probing_cost(facts, 3, 100, 3, ()) == ProbingCost()
 
 
 def test_text_of_probes_costs_no_more_than_some_passes() -> None:
     places = [1, 1, 1, 2, 2, 2]
-    # PASSES forward passes of 4000 tokens through 3 layers, shared out over 12
-    assert affordable_tokens(places, 3, 4000) == PASSES * 4000 * 3 // 12
+    # PASSES forward passes of 7000 tokens through 3 layers, shared out over 21
+    assert affordable_tokens(places, 3, 7000) == PASSES * 1000
     assert affordable_tokens(places, 3, 10**6) == PROBE_TOKENS
     assert affordable_tokens(places, 3, 600) == LEAST_TOKENS
     assert affordable_tokens(places, 3, 100) == 100  # there is no more
@@ -404,7 +426,7 @@ def test_prune_measures_and_shows_factors(tiny: Tiny, tmp_path: Path, cli: Cli) 
     assert "probes" not in bare.err and "probes: 3 layers done" in probed.err
     assert bare.stats.probes == () and bare.report["price_factors"] == {}
     assert [(p.layer, p.kind) for p in probed.stats.probes] == [(layer, "experts") for layer in (0, 0, 1, 1, 2, 2)]
-    assert all(p.predicted > 0 and p.divergence > 0 and p.tokens == 4 * 63 for p in probed.stats.probes)
+    assert all(p.predicted > 0 and p.divergence > 0 and p.tokens in (63, 2 * 63, 4 * 63) for p in probed.stats.probes)
     assert probed.report["price_factors"] == factors_of(probed.stats).to_json()
     assert list(tmp_path.glob("*.moezip-work")) == []
     # the same statistics without their probes: the bare price to the last bit, with a word on why
@@ -414,8 +436,8 @@ def test_prune_measures_and_shows_factors(tiny: Tiny, tmp_path: Path, cli: Cli) 
     corrected = cli(*words[:2], tmp_path / "more", *words[2:6], "--stats", tmp_path / "probed.stats", "--json").json
     assert corrected["predicted_nats"] == probed.report["predicted_nats"]
     dry = cli(*words[:2], tmp_path / "dry", *words[2:], "--set", "probes=2", "--dry-run", "--json").json
-    # 256 tokens; the model runs three layers, two variants each of layers 0, 1, 2 run 3, 2, 1
-    assert dry["probe_layer_tokens"] == 256 * (3 + 6 + 4 + 2)
+    # 256 tokens; the model runs three layers on four times that, two variants each of layers 0, 1, 2 run 3, 2, 1
+    assert dry["probe_layer_tokens"] == 256 * (12 + 6 + 4 + 2)
 
 
 def test_rank_correlation_by_hand_and_against_the_library() -> None:

@@ -45,13 +45,13 @@ def with_probes(
     workdir: Path | None,
 ) -> Statistics:
     """``stats``, taken from ``rows``, with ``count`` probes per layer and kind, measured on some of the ``unseen``."""
-    from moezip.calibrate.probes import affordable_tokens, measure, spread_rows
+    from moezip.calibrate.probes import SPREAD, affordable_tokens, measure, shared_out, spread_rows
 
     layers = model.architecture.integer(model.source.config, model.architecture.layers_key)
     places = _places(model.facts, count, kinds)
     if not places:
         return stats
-    some = spread_rows(unseen(), affordable_tokens(places, layers, rows.ids.numel()))
+    some = spread_rows(unseen(), SPREAD * affordable_tokens(places, layers, rows.ids.numel()))
     scored = [len(some.scored(row)) for row in range(len(some.ids))]
     total = sum(scored)
     if not total:
@@ -66,16 +66,16 @@ def with_probes(
         model.source,
         some,
         [decision for decision, _ in chosen],
+        shared_out(len(some.ids), len(chosen)),
         device=common.device,
         max_memory=common.max_memory,
         workdir=workdir,
         watch=common.watch,
     )
-    divergence = found.divergences.sum(1) / total
-    seen = zip(chosen, found.rise(), found.error(), divergence, strict=True)
+    seen = zip(chosen, found.rise(), found.error(), found.divergence(), found.tokens(), strict=True)
     probes = tuple(
-        replace(probe, measured=float(rise), error=float(error), divergence=float(apart), tokens=total)
-        for (_, probe), rise, error, apart in seen
+        replace(probe, measured=float(rise), error=float(error), divergence=float(apart), tokens=int(tokens))
+        for (_, probe), rise, error, apart, tokens in seen
     )
     return replace(stats, probes=(*stats.probes, *probes))
 
@@ -101,13 +101,13 @@ def probing_cost(
     Args:
         layers: decoder layers of the model. itemsize: bytes of one of its numbers.
     """
-    from moezip.calibrate.probes import affordable_tokens, hidden_states_bytes, layer_passes
+    from moezip.calibrate.probes import SPREAD, affordable_tokens, layer_passes
 
     places = _places(facts, count, kinds)
     if not places:
         return ProbingCost()
     each = affordable_tokens(places, layers, tokens)
-    disk = hidden_states_bytes(each, facts[0].hidden, itemsize, len(places))
+    disk = each * (SPREAD + len(places)) * facts[0].hidden * itemsize
     return ProbingCost(each * layer_passes(places, layers), disk)
 
 

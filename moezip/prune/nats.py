@@ -12,12 +12,12 @@ of one softmax), the others grow,
     delta_t,i = p / (1 - p) * (y_t - S f_i(x_t)),      p = g_t,i / S,  S the sum of the gates
 
 (else delta = -g f). One streamed forward and backward pass gives all prices. Dropping a whole expert is no small step,
-and the expert that steps in brings an error of its own, so ranks are good and sizes are off. Therefore a few experts of
-every layer, cheap ones and dear ones, are dropped in turn and measured, each on 512 to 2,048 tokens that follow the
-calibrated ones in the files (on some of these where the files end), all in one more streamed pass that costs about one
-forward pass over the calibration text; prices of a layer are multiplied by the factor that these probes give
-(`moezip/plan/factors.py` says how; the report shows the factors). `--set probes=N` takes N per layer, 0 none. Prices of
-several experts of one layer still do not simply add: take the figure for comparing plans.
+and the expert that steps in brings an error of its own, so ranks are good and sizes are off. Therefore the cheapest
+quarter, half and three quarters of every layer's experts are dropped in turn and measured, each on 512 to 2,048 tokens
+that follow the calibrated ones in the files (on some of these where the files end), all in one more streamed pass that
+costs about one forward pass over the calibration text; prices of a layer are multiplied by the factor that these probes
+give (`moezip/plan/factors.py` says how; the report shows the factors). `--set probes=N` takes N per layer, 0 none.
+Prices of several experts of one layer still do not simply add: take the figure for comparing plans.
 `benchmarks/prices.py` prints predicted and measured rises side by side.
 
 `--set labels=model` draws the labels from the model's own predictions (the true Fisher) in place of the text's
@@ -39,7 +39,7 @@ from moezip.registry import Method
 class NatsParams(PruneParams):
     """Attributes:
     labels: ``data`` or ``model``, for the pass that is made for this method; saved statistics keep their own.
-    probes: experts dropped and measured in each layer, to correct the prices by; 0 for bare prices.
+    probes: shares of experts dropped and measured in each layer, to correct the prices by; 0 for bare prices.
     """
 
     labels: str = "data"
