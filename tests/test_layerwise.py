@@ -298,6 +298,7 @@ def shards(folder: Path) -> dict[str, bytes]:
         (("--bits", 4, "--solver", "rtn", "--set", "attention=12"), "attention cannot have 12 bits"),
         (("--bits", 4, "--solver", "rtn", "--set", "atention=4"), "did you mean 'attention'"),
         (("--bits", 4, "--solver", "gptqq"), "did you mean 'gptq'"),
+        (("--bits", 3, "--allocate", "lp", "--set", "attention=5"), "5 bits are not priced"),
     ],
 )
 def test_what_cannot_be_is_told_before_any_work(words: tuple[Any, ...], told: str, cli: Any, tmp_path: Path) -> None:

@@ -196,6 +196,8 @@ def quantize_command(
     plan = replace(split.plan, made_by=made_by, packing={name: grids[name] for name in packing})
     packed = Packed(split, plan.packing, LayerFiles(folder))
     notes = list(notes_of(prepared, reports, chosen.left))
+    if any(model.architecture.claim(name, model.source.config).kind == "extra" for name in model.source.names()):
+        notes.append("the multi-token-prediction layers were dropped")
     about = About(prepared.method.name, model, job.reader, chosen.nats)
     report = write_packed(about, plan, packed, out, common, clock, notes)
     solved.clear()
@@ -222,7 +224,8 @@ def choose(
     solve = prepared.solve if prepared.method.schedule == "layerwise" else None
     return Chooser(
         prepared.model, plain, split, split.plan, items, prepared.wanted, texts=job.texts, rows=rows, solve=solve,
-        gate=prepared.gate, prior=prepared.prior, folder=folder, common=common,
+        solver=f"{prepared.method.name} {prepared.params}", gate=prepared.gate, prior=prepared.prior, folder=folder,
+        common=common,
     ).choose()  # fmt: skip
 
 

@@ -103,6 +103,13 @@ def check_wanted(wanted: Wanted) -> None:
         raise UsageError("the budget is --bits or --size, one of them", next="give --bits 4, or --size 6GiB")
     if wanted.allocate in ("uniform", "pmq") and wanted.bits is None:
         raise UsageError(f"--allocate {wanted.allocate} takes --bits", where="--size", next="use --allocate lp")
+    if needs_prices(wanted):
+        for kind in ("attention", "shared", "dense", "head"):
+            if getattr(wanted.storage, kind) not in (0, *WIDTHS, UNPACKED):
+                raise UsageError(
+                    f"{getattr(wanted.storage, kind)} bits are not priced", where=f"--set {kind}",
+                    next=f"use one of {', '.join(map(str, WIDTHS))}, 16 to leave it as it is, or --allocate uniform",
+                )  # fmt: skip
     if wanted.allocate == "uniform" and (wanted.bits != int(wanted.bits or 0) or not 1 <= int(wanted.bits or 0) <= 8):
         raise UsageError(
             f"{wanted.bits:g} bits cannot be given to every weight", where=f"--bits {wanted.bits:g}",
@@ -143,7 +150,8 @@ class Chooser:
 
     Args:
         split: the model, one tensor per expert and matrix. plain: the same, as it is streamed. plan: what made both.
-        solve: the solver, which a sample is priced with. gate, prior: as it is given hessians.
+        solve: the solver, which a sample is priced with. solver: its name and settings. gate, prior: as it is given
+            hessians.
         folder: where passes leave what an interrupted run goes on from.
     """
 
@@ -159,6 +167,7 @@ class Chooser:
         texts: Sequence[DomainText],
         rows: Rows | None,
         solve: Any,
+        solver: str,
         gate: bool,
         prior: float,
         folder: Path,
@@ -166,7 +175,7 @@ class Chooser:
     ):
         self.model, self.plain, self.split, self.plan, self.wanted = model, plain, split, plan, wanted
         self.texts, self.rows, self.solve, self.gate, self.prior = texts, rows, solve, gate, prior
-        self.folder, self.common = folder, common
+        self.folder, self.common, self.solver = folder, common, solver
         group = wanted.group
         self.left = tuple(item.name for item in items if group and item.shape[1] % group)
         self.items = [item for item in items if item.name not in self.left]
@@ -199,7 +208,8 @@ class Chooser:
 
         assert self.rows is not None
         grids = [self.wanted.grid(bits) for bits in WIDTHS]
-        digest = job_digest(self.model.source.fingerprint, self.rows.fingerprint(), self.wanted, stats.settings)
+        of_text = (self.model.source.fingerprint, self.rows.fingerprint(), stats.settings)
+        digest = job_digest(*of_text, self.wanted, self.solver)
         job = Job(self.items, grids, digest, self.solve, self.gate, self.prior, local=self.wanted.allocate == "pmq")
         common = self.common
         stream = Stream(self.plain, device=common.device, max_memory=common.max_memory, spill=self.folder)
