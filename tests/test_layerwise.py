@@ -308,6 +308,18 @@ def test_what_cannot_be_is_told_before_any_work(words: tuple[Any, ...], told: st
     assert not any(tmp_path.iterdir())
 
 
+def test_what_a_reader_cannot_read_is_told_before_codes_are_solved(
+    cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def solve(*_: Any) -> None:
+        raise AssertionError("solved all the same")
+
+    monkeypatch.setattr("moezip.pipeline.quantize.solve_all", solve)
+    answer = cli("quantize", "demo", tmp_path / "out", "--bits", 1, "--solver", "rtn", "--for", "vllm", "--quiet")
+    assert answer.code == 1 and ("vLLM" in answer.err or "bit" in answer.err), answer.err
+    assert "solved all the same" not in answer.err
+
+
 def test_a_dry_run_says_the_size_to_the_byte(cli: Any, tmp_path: Path) -> None:
     asked = ("--bits", 2, "--solver", "rtn", "--set", "attention=8", "--json")
     told = cli("quantize", "demo", tmp_path / "out", *asked, "--dry-run").json

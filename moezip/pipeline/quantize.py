@@ -19,7 +19,7 @@ from moezip.pipeline.calibrate import forget, require_files, work_folder
 from moezip.pipeline.common import Clock, Common, Opened, opened, refuse_output
 from moezip.pipeline.items import grid_counts, group_size, items_of
 from moezip.plan.apply import Applied
-from moezip.plan.packed import LayerFiles, Packed
+from moezip.plan.packed import LayerFiles, Packed, Unsolved
 from moezip.plan.plan import Plan
 from moezip.progress import Progress
 from moezip.quantize.hessian import PRIOR
@@ -183,6 +183,7 @@ def quantize_command(
     packing = chosen.packing
     if chosen.plan is not split.plan:
         plain, split = views(model, chosen.plan)
+    readable(Packed(split, packing, Unsolved(split, packing)), job.reader)  # a refusal must not wait for the codes
     made_by = provenance(prepared, job, common, rows, chosen)
     solved = Solved(
         folder, job_digest(split.fingerprint, packing, made_by, None if rows is None else rows.fingerprint())

@@ -63,6 +63,30 @@ class LayerFiles:
 
 
 @final
+class Unsolved:
+    """Stands for codes that are not there yet, so that a choice of grids can be checked: shapes, and no codes.
+
+    Args:
+        base: the matrices. packing: which will be packed, and on which grids.
+    """
+
+    def __init__(self, base: Source, packing: Packing):
+        self._shapes = {stem(name) + SHAPE: base.spec(name).shape for name in packing}
+        self._names = [stem(n) + suffix for n, grid in packing.items() for suffix in grid.specs(*base.spec(n).shape)]
+
+    def names(self) -> list[str]:
+        return list(self._names)
+
+    def read(self, name: str, rows: range | None = None) -> torch.Tensor:
+        """The shape of a matrix. Raises CheckpointError for anything else."""
+        import torch
+
+        if name not in self._shapes:
+            raise CheckpointError(f"{name} is not solved yet")
+        return torch.tensor(self._shapes[name])
+
+
+@final
 class Packed:
     """``base`` with the matrices of ``packing`` stored as codes, in moezip's own format.
 
