@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from moezip.arch.families import identify
 from moezip.arch.layout import Layout, tripwire_of
+from moezip.arch.libraries import import_model_code
 from moezip.arch.matrices import fused_part
 from moezip.arch.mone import LEAF, Substitution
 from moezip.arch.spec import Architecture, ExpertTensor
@@ -70,6 +71,7 @@ class Skeleton:
         device: str = "cpu",
         architecture: Architecture | None = None,
     ):
+        import_model_code(source.config)
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.utils import logging

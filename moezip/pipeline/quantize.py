@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from moezip import __version__
 from moezip.arch.experts import decoded
+from moezip.arch.libraries import import_model_code
 from moezip.arch.packing import Packing
 from moezip.checkpoint.reader import Checkpoint
 from moezip.checkpoint.source import Source
@@ -176,6 +177,7 @@ def quantize_command(
     refuse_output(out, model.source.folder, common)
     folder = (common.workdir or work_folder(out)) / WORK
     plain, split = views(model, job.plan)
+    import_model_code(model.source.config)
     rows = read_rows(model, job, common) if job.texts else None
     with clock.stage("plan"):
         chosen = choose(prepared, job, plain, split, rows, folder, common)
