@@ -159,11 +159,12 @@ def methods(
     debug: Debug = False,
 ) -> None:
     """The compression methods, from the program's own table."""
+    from moezip.merge import METHODS as MERGING
     from moezip.prune import METHODS, PROFILES
     from moezip.quantize import METHODS as SOLVERS
     from moezip.registry import lookup
 
-    every = (*METHODS, *PROFILES, *SOLVERS)
+    every = (*METHODS, *MERGING, *PROFILES, *SOLVERS)
     if name is not None:
         results.explain(lookup(name, {method.name: method for method in every}, "method"), as_json)
         return
@@ -326,6 +327,54 @@ def prune(
             results.show_estimate(estimate(checkpoint, job, common), as_json)
             return
         outcome = prune_command(checkpoint, out, job, common, plan_only=plan_only, save_stats=save_stats)
+    results.show_outcome(outcome, out, as_json, quiet)
+
+
+@app.command()
+def merge(
+    checkpoint: Ckpt,
+    out: Out,
+    method: Annotated[str, typer.Option("--method", "-m", help="See `moezip methods`.")] = "m-smoe",
+    keep: Annotated[int | None, typer.Option("--keep", min=1, help="Experts left in each layer.")] = None,
+    ratio: Annotated[float | None, typer.Option("--ratio", help="Share of the experts merged away.")] = None,
+    data: Data = None,
+    stats: Annotated[Path | None, typer.Option("--stats", help="Saved statistics, in place of --data.")] = None,
+    scope: Annotated[
+        str, typer.Option("--scope", help="layer: as many experts in every layer. model: layers differ.")
+    ] = "layer",
+    reader: For = None,
+    settings: Set = None,
+    tokens: Tokens = 65_536,
+    seq_len: SeqLen = None,
+    save_stats: Annotated[Path | None, typer.Option("--save-stats", help="Keep the statistics for later.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen; touch nothing.")] = False,
+    plan_only: Annotated[bool, typer.Option("--plan-only", help="Write the plan to OUT, and no weights.")] = False,
+    device: Device = "cpu",
+    max_memory: MaxMemory = None,
+    workdir: Workdir = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Makes several experts into one: fewer experts, none of them simply gone."""
+    from moezip.calibrate.data import domains_of
+    from moezip.pipeline.merge import MergeJob, merge_command
+    from moezip.pipeline.merge_estimate import estimate_merge
+
+    texts = domains_of(data, tokens) if data else ()
+    job = MergeJob(method, keep, ratio, settings_of(settings), texts, stats, scope=scope, reader=reader)
+    with console.watching(quiet) as watch:
+        common = _common(
+            watch, device=device, max_memory=max_memory, workdir=workdir, resume=resume, overwrite=overwrite,
+            seq_len=seq_len, seed=seed,
+        )  # fmt: skip
+        if dry_run:
+            results.show_estimate(estimate_merge(checkpoint, job, common), as_json)
+            return
+        outcome = merge_command(checkpoint, out, job, common, plan_only=plan_only, save_stats=save_stats)
     results.show_outcome(outcome, out, as_json, quiet)
 
 

@@ -42,7 +42,12 @@ class Method:
         check: ``check(facts, params)`` raises where a layer is not for this method; asked before any text is read.
         choose: for prune methods that do more than rank: ``choose(facts, stats, keep, protected, params) -> kept ids``
             decides in place of the ranking, with ``stats`` mixed over the domains; ``run``'s scores are then for the
-            plan's reader.
+            plan's reader. For merge methods it gives the groups, ``[(dominant expert, member, ...), ...]``, and
+            ``protected`` is empty.
+        counts: for merge methods that let layers differ: ``counts(facts, stats by layer, total, params)`` gives how
+            many experts each layer is left with, as a dict by layer.
+        looks: for merge methods: whether with these settings the layers must be looked at again once groups are known.
+        solve: for merge methods that do more than the common stages (``moezip.merge.solve``): called in their place.
     """
 
     name: str
@@ -58,7 +63,10 @@ class Method:
     weights: tuple[str, ...] = ()
     records: Callable[[Any], tuple[Any, ...]] | None = None
     check: Callable[..., None] | None = None
-    choose: Callable[..., list[int]] | None = None
+    choose: Callable[..., list[Any]] | None = None
+    counts: Callable[..., dict[int, int]] | None = None
+    looks: Callable[[Any], bool] | None = None
+    solve: Callable[..., Any] | None = None
 
     @property
     def reads_text(self) -> bool:

@@ -259,10 +259,30 @@ def test_the_identity_plan_keeps_everything() -> None:
 
 
 def test_what_a_mixed_pick_is() -> None:
-    assert Pick((Part(4, 1.0),)).kept == 4
-    for pick in (Pick((Part(4, 0.5),)), MERGED.picks[1]):
-        with pytest.raises(PlanError, match="mixes experts"):
-            assert pick.kept
+    whole, some, average = Pick((Part(4, 1.0),)), Pick.slim(4, [0, 2], 3), MERGED.picks[1]
+    assert (whole.kept, whole.members, whole.mixed) == (4, (4,), False)
+    assert (some.kept, some.neurons, some.mixed) == (4, (0, 2), False)
+    assert (average.kept, average.members, average.mixed) == (0, (0, 7), True)
+    assert average.neurons is None  # an order of all neurons is no choice among them
+
+
+def test_orders_of_neurons_and_remaps_survive_the_file() -> None:
+    orders = Pick((Part(0, 0.25), Part(1, 0.75, (2, 0, 1, 3))))
+    layer = LayerPlan(0, 3, (orders, Pick.keep(2)), router="remap")
+    plan = replace(plan_of([0, 1]), layers=(layer,), values="ab", solved=("layers.0.experts.0.gate",))
+    again = Plan.from_json(plan.to_json())
+    assert again == plan
+    assert json.loads(plan.to_json())["layers"][0]["picks"] == [[[0, 0.25], [1, 0.75, "2 0-1 3"]], 2]
+    assert again.layers[0].remap == (0, 0, 1)
+    with pytest.raises(PlanError, match=r"\[2\] went into none"):
+        assert replace(layer, picks=(orders,)).remap
+
+
+def with_pick(pick: Pick) -> Plan:
+    """Two layers, the second of which keeps expert 3 and this pick."""
+    return replace(
+        plan_of([0, 1], [0, 1]), layers=(plan_of([0, 1]).layers[0], replace(MERGED, picks=(Pick.keep(3), pick)))
+    )
 
 
 def damaged(**changes: Any) -> str:
@@ -319,7 +339,10 @@ def test_files_that_are_no_plan(tmp_path: Path) -> None:
         (plan_of([0, 1], [2]), "cannot keep 1 experts: the router sends every token to 2"),
         (plan_of([0, 1], []), "cannot keep 0 of 8"),
         (plan_of([0, 1], [0, 1], mtp="maybe"), "mtp is 'maybe'"),
-        (replace(plan_of([0, 1], [0, 1]), layers=(plan_of([0, 1]).layers[0], MERGED)), "mixes experts 0, 7 into one"),
+        (with_pick(Pick((Part(0, 0.25), Part(7, 0.5)))), "weights of \\(0, 7\\) add to 0.75, not to 1"),
+        (with_pick(Pick((Part(0, 0.5), Part(3, 0.5)))), "keeps an expert twice: \\[3, 0, 3\\]"),
+        (with_pick(Pick((Part(0, 0.5), Part(9, 0.5)))), "has experts 0 to 7"),
+        (with_pick(Pick((Part(0, 0.5), Part(7, 0.5, (0, 1, 1))))), "the order of expert 7's neurons"),
     ],
 )
 def test_plans_that_do_not_fit(plan: Plan, message: str) -> None:

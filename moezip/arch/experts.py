@@ -113,8 +113,9 @@ def check_shapes(source: Source, architecture: Architecture) -> None:
             routers.add((claim.layer, claim.tensor))
             axis = claim.tensor.axis
             count = shape[axis] if axis < len(shape) else None
-            if count != fact.experts:
-                raise _disagree(f"{name} has {count} experts, the config says {fact.experts}", source)
+            rows = fact.experts if layout is None else layout.rows(claim.layer)
+            if count != rows:
+                raise _disagree(f"{name} has {count} experts, the config says {rows}", source)
             continue
         if layout is not None and claim.expert is not None:
             widths = layout.widths[claim.layer]

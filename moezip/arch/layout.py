@@ -9,6 +9,9 @@ counts and adds::
 and, where the source stored its matrices in fp8 blocks, its own ``quantization_config`` under ``"stored"``: then so do
 they here, and the 16 bits are those of what is decoded.
 
+    and, where experts were merged and the router still has the rows of all of them, ``"remap": {"<decoder layer>":
+    [expert that stands for router row 0, for row 1, ...], ...}`` (then ``"version": 2``).
+
 Every MoE layer is listed. Every expert has tensors of its own, gate and up [w, D], down [D, w], under the family's
 names or, where the family has one tensor for all experts, those of ``Architecture.split``. An expert of width 0, which
 outputs nothing but its bias if it has one, has no other tensors. Router tensors have as many entries as the layer has
@@ -18,7 +21,7 @@ experts. One more tensor, the tripwire, makes loaders that do not know the forma
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from moezip.errors import ArchitectureError
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
 
 METHOD = "moezip"
 VERSION = 1
+REMAPPED = 2  # the version of a layout with a remap, which older readers would not follow
+REMAP = "remap"
 BITS = 16
 STORED = "stored"
 # The tripwire's dtype (its safetensors name), shape and value.
@@ -48,10 +53,16 @@ class Layout:
     Attributes:
         widths: per MoE layer the inner size of each of its experts; 0 for one that outputs nothing.
         stored: the ``quantization_config`` of the codes that matrices are stored as; None for plain numbers.
+        remap: for the layers whose router has more rows than there are experts: which expert each row means.
     """
 
     widths: Mapping[int, tuple[int, ...]]
     stored: Mapping[str, Any] | None = None
+    remap: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+
+    def rows(self, layer: int) -> int:
+        """How many rows the layer's router has."""
+        return len(self.remap.get(layer, self.widths[layer]))
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Layout | None:
@@ -63,10 +74,10 @@ class Layout:
         if not own_format(config):
             return None
         given = config["quantization_config"]
-        if given.get("version") != VERSION or given.get("bits") != BITS:
+        if given.get("version") != (REMAPPED if REMAP in given else VERSION) or given.get("bits") != BITS:
             raise ArchitectureError(
                 f"the checkpoint is of version {given.get('version')!r} with {given.get('bits')!r} bits of moezip's "
-                f"format; this moezip reads version {VERSION} with {BITS} bits",
+                f"format; this moezip reads version {VERSION} ({REMAPPED} with a {REMAP}), {BITS} bits",
                 where="config.json",
                 next="use a newer moezip",
             )
@@ -85,7 +96,7 @@ class Layout:
         stored = given.get(STORED)
         if stored is not None and not (isinstance(stored, Mapping) and stored.get("quant_method") == "fp8"):
             raise _corrupt(f"quantization_config.{STORED} names no codes that moezip keeps")
-        return cls(dict(sorted(widths.items())), stored)
+        return cls(dict(sorted(widths.items())), stored, _remap(given.get(REMAP) or {}, widths))
 
     @classmethod
     def uniform(cls, facts: Sequence[LayerFacts]) -> Layout:
@@ -95,7 +106,10 @@ class Layout:
     def to_config(self) -> dict[str, Any]:
         """The ``quantization_config`` that names this layout."""
         experts = {str(layer): list(row) for layer, row in sorted(self.widths.items())}
-        found = {"quant_method": METHOD, "version": VERSION, "bits": BITS, "experts": experts}
+        found: dict[str, Any] = {"quant_method": METHOD, "version": VERSION, "bits": BITS, "experts": experts}
+        if self.remap:
+            found["version"] = REMAPPED
+            found[REMAP] = {str(layer): list(row) for layer, row in sorted(self.remap.items())}
         return found if self.stored is None else {**found, STORED: dict(self.stored)}
 
     def facts(self, facts: Sequence[LayerFacts]) -> list[LayerFacts]:
@@ -114,10 +128,31 @@ class Layout:
         for fact in facts:
             row = self.widths[fact.layer]
             own = replace(fact, experts=len(row), width=max(row))
-            if problem := router_problem(own):
+            if fact.layer in self.remap:
+                if len(self.remap[fact.layer]) != fact.experts:
+                    raise _corrupt(
+                        f"quantization_config.{REMAP}[{fact.layer}] has {len(self.remap[fact.layer])} entries, the "
+                        f"router {fact.experts} rows"
+                    )
+            elif problem := router_problem(own):
                 raise _corrupt(f"layer {fact.layer}: {problem}")
             found.append(own)
         return found
+
+
+def _remap(given: Any, widths: Mapping[int, tuple[int, ...]]) -> dict[int, tuple[int, ...]]:
+    """Raises ArchitectureError for a remap that names layers or experts which are not there."""
+    found: dict[int, tuple[int, ...]] = {}
+    if not isinstance(given, Mapping):
+        raise _corrupt(f"quantization_config.{REMAP} is no table of layers")
+    for key, row in given.items():
+        if not str(key).isdecimal() or int(key) not in widths:
+            raise _corrupt(f"quantization_config.{REMAP} has the key {key!r}, which is no layer with experts")
+        count = len(widths[int(key)])
+        if not isinstance(row, Sequence) or not all(type(each) is int and 0 <= each < count for each in row):
+            raise _corrupt(f"quantization_config.{REMAP}[{key}] names experts beyond the {count} that there are")
+        found[int(key)] = tuple(row)
+    return found
 
 
 def router_problem(fact: LayerFacts) -> str | None:

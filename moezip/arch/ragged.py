@@ -54,14 +54,25 @@ class RaggedExperts(nn.Module):
     Args:
         stock: the module that it replaces, for its biases, gate and config.
         widths: inner size of every expert.
+        remap: for every row of the router the expert that it means; None where each means its own.
         names: the child that holds the matrix of each role: ``gate``, ``up``, ``down``.
         hidden: D.
         kind: ``dtype`` and ``device`` of the parameters.
     """
 
-    def __init__(self, stock: Any, widths: tuple[int, ...], names: Mapping[str, str], hidden: int, **kind: Any):
+    def __init__(
+        self,
+        stock: Any,
+        widths: tuple[int, ...],
+        names: Mapping[str, str],
+        hidden: int,
+        remap: tuple[int, ...] | None = None,
+        **kind: Any,
+    ):
         super().__init__()
         self.config = stock.config
+        # no buffer: it is of the config, and models are built on the meta device
+        self._remap = None if remap is None else torch.tensor(remap, device="cpu")
         self.has_gate, self.has_bias, self.is_transposed, self.is_concatenated = True, stock.has_bias, False, True
         self.has_post_expert_norm = self._is_expert_parallel = False
         # A method of the stock module, which thereby stays: without memory, being on the meta device. Some gates take
@@ -106,6 +117,11 @@ class RaggedExperts(nn.Module):
         """
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+        if self._remap is not None:
+            if self._remap.device != top_k_index.device:
+                self._remap = self._remap.to(top_k_index.device)
+            # gates of rows that mean the same expert add up, as that expert's output is added once for each
+            top_k_index = self._remap[top_k_index]
         name = self.config._experts_implementation
         if name not in IMPLEMENTATIONS:
             raise ArchitectureError(
@@ -223,10 +239,10 @@ def make_ragged(
         stock = block.get_submodule(architecture.experts_module)
         old = stock.gate_up_proj
         hidden = old.shape[1 if stock.is_transposed else 2]
-        ragged = kind(stock, widths, names, hidden, dtype=old.dtype, device=old.device)
+        ragged = kind(stock, widths, names, hidden, layout.remap.get(layer), dtype=old.dtype, device=old.device)
         ragged.train(stock.training)
         setattr(block, architecture.experts_module, ragged)
-        _resize_router(block, architecture, old.shape[0], len(widths))
+        _resize_router(block, architecture, old.shape[0], layout.rows(layer))
         if wired and layer == min(layout.widths):
             _add_tripwire(block, tripwire(architecture, layout).partition(f".{architecture.disk_block}.")[2])
 

@@ -102,7 +102,8 @@ def _rows(spec: TensorSpec, rows: range | None) -> range:
 
 
 def stock_config(source: Source) -> dict[str, Any] | None:
-    """The config of ``source`` without its quantization, as stock loaders read it; None where layers or experts differ.
+    """The config of ``source`` without its quantization, as stock loaders read it; None where layers or experts differ,
+    or routers have more rows than there are experts.
 
     Raises:
         ArchitectureError: experts of another width than the config's, in a family whose config cannot say so.
@@ -112,7 +113,7 @@ def stock_config(source: Source) -> dict[str, Any] | None:
     if layout is None:
         return config
     shapes = set(layout.widths.values())
-    if len(shapes) > 1 or len(set(next(iter(shapes)))) > 1:
+    if layout.remap or len(shapes) > 1 or len(set(next(iter(shapes)))) > 1:
         return None
     entry, row = identify(config, source.folder), next(iter(shapes))
     fact = entry.layer_facts(config)[0]

@@ -107,6 +107,11 @@ def card(applied: Planned) -> str | None:
     kept = f"{_span(counts)} of {plan.layers[0].experts} routed experts in each of {len(plan.layers)} MoE layers"
     if not all(layer.whole for layer in plan.layers):
         kept += f", {_span(widths)} of {width} neurons in an expert"
+    if plan.merges:
+        kept = (
+            f"{plan.layers[0].experts} routed experts in each of {len(plan.layers)} MoE layers were merged into "
+            f"{_span(counts)}, which"
+        )
     method = plan.made_by.get("method", "a saved plan")
     lines = [
         f"Made by moezip {__version__}, method `{method}`: {kept} are left. What was kept, the scores and the data it "
@@ -115,7 +120,8 @@ def card(applied: Planned) -> str | None:
         *stored_lines(applied),
         *how_to_load(applied, plan.ragged(width)),
     ]
-    return with_source_card(applied.folder, f"{applied.architecture.name}, pruned", lines)
+    done = "merged" if plan.merges else "pruned"
+    return with_source_card(applied.folder, f"{applied.architecture.name}, {done}", lines)
 
 
 def with_source_card(folder: Path, title: str, text: Sequence[str]) -> str:

@@ -109,13 +109,14 @@ def records_named(names: Sequence[str] | None) -> tuple[Record, ...]:
         UsageError: a name that is neither, or a setting that does not read.
     """
     from moezip.calibrate.record import chosen_records
+    from moezip.merge import METHODS as MERGING
     from moezip.prune import METHODS
     from moezip.registry import own_records
 
     standing: list[str] = []
     own: dict[str, Record] = {}
     for name in names or ():
-        found = own_records(name, METHODS)
+        found = own_records(name, (*METHODS, *MERGING))
         if found is None:
             standing.append(name)
         else:
@@ -126,11 +127,12 @@ def records_named(names: Sequence[str] | None) -> tuple[Record, ...]:
 
 def require_recordable(names: Sequence[str] | None, model: Opened) -> None:
     """Raises what can be known, before any text is read, of records that cannot be taken of this model."""
+    from moezip.merge import METHODS as MERGING
     from moezip.prune import METHODS
     from moezip.registry import own_settings
 
     for name in names or ():
-        found = own_settings(name, METHODS)
+        found = own_settings(name, (*METHODS, *MERGING))
         if found is None or found[0].check is None:
             continue
         for fact in model.facts:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from moezip.arch.layout import require_uniform
 from moezip.arch.spec import LayerFacts
 from moezip.checkpoint.reader import Checkpoint
 from moezip.checkpoint.source import Source
-from moezip.errors import StatisticsError, UsageError
+from moezip.errors import PlanError, StatisticsError, UsageError
 from moezip.export.mone import Substituted
 from moezip.export.readers import VLLM_NOTE, Planned, check_reader, planned
 from moezip.export.stock import card, tensor_bytes, write_checkpoint
@@ -25,6 +26,8 @@ from moezip.pipeline.neurons import check_neurons, neuron_layers, require_raggab
 from moezip.pipeline.probes import factor_note, probing
 from moezip.plan.apply import Applied
 from moezip.plan.factors import Factors, factors_of
+from moezip.plan.merged import VALUES, CheckpointValues, digest_of
+from moezip.plan.packed import LayerFiles, Values
 from moezip.plan.plan import Plan, require_keepable
 from moezip.plan.price import expert_prices, predicted_nats, priced
 from moezip.registry import Method, lookup, parse_params
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
 
 NO_PRICE = "there is no price without gradients: use --method nats, or statistics made with --record gradients"
 
+NO_MERGE_PRICE = "merging is priced with gradients and text: --data with --set price=true"
 RENORMALISED_PRICE = "prices are of gates that the kept experts share anew, which they do not where routers stay whole"
 
 
@@ -325,7 +329,7 @@ def prune_command(
         with clock.stage("plan"):
             plan = make_plan(prepared, job, stats, common)
         if plan_only:
-            _save_plan(plan, out)
+            save_plan(plan, out)
             outcome = Outcome(plan, None)
         else:
             unread = [f"{prepared.method.name} reads no text: --data was not used"] if job.texts and not passes else []
@@ -336,7 +340,8 @@ def prune_command(
     return outcome
 
 
-def _save_plan(plan: Plan, out: Path) -> None:
+def save_plan(plan: Plan, out: Path) -> None:
+    """Whole or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.part")
     temporary.write_text(plan.to_json(), encoding="utf-8")
@@ -353,7 +358,46 @@ def apply_command(checkpoint: str, plan_file: Path, out: Path, common: Common, r
         from moezip.pipeline.quantize import apply_packed
 
         return Outcome(plan, apply_packed(model, plan, plan_file, out, common, clock))
-    return Outcome(plan, write_plan(model.source, plan, out, common, clock, None, reader=reader))
+    with values_beside(plan, plan_file) as values:
+        return Outcome(plan, write_plan(model.source, plan, out, common, clock, None, reader=reader, values=values))
+
+
+@contextmanager
+def values_beside(plan: Plan, plan_file: Path) -> Iterator[Values | None]:
+    """The solved values of a saved plan: from the file beside it, or from the checkpoint that it lies in.
+
+    Raises:
+        PlanError: they are not there, or are not those that the plan was made with.
+    """
+    if not plan.solved:
+        yield None
+        return
+    file, folder = plan_file.with_name(VALUES), plan_file.resolve().parent.parent
+    if file.is_file():
+        values: Values = LayerFiles(file.parent, file.name)
+        _require_values(plan, values, file)
+        yield values
+    elif plan_file.name == "plan.json" and (folder / "config.json").is_file():
+        with Checkpoint.open(folder) as checkpoint:
+            values = CheckpointValues(checkpoint, plan.solved)
+            _require_values(plan, values, folder)
+            yield values
+    else:
+        raise PlanError(
+            f"the plan has {len(plan.solved)} solved values, and the file with them is not beside it",
+            where=file,
+            next=f"keep {VALUES} beside the plan, or name the moezip/plan.json inside the checkpoint it was made for",
+        )
+
+
+def _require_values(plan: Plan, values: Values, where: Path) -> None:
+    if missing := sorted(set(plan.solved) - set(values.names())):
+        raise PlanError(f"the plan's value {missing[0]} is not there", where=where)
+    if digest_of(values, plan.solved) != plan.values:
+        raise PlanError(
+            "the values are not those that the plan was made with", where=where,
+            next="use both files of one plan, or make it again",
+        )  # fmt: skip
 
 
 def write_plan(
@@ -365,12 +409,14 @@ def write_plan(
     stats: Statistics | None,
     notes: Sequence[str] = (),
     reader: str | None = None,
+    values: Values | None = None,
 ) -> Report:
-    """Writes the checkpoint that the plan describes; its report, in which ``notes`` stand first.
+    """Writes the checkpoint that the plan describes, with its solved ``values``; its report, in which ``notes`` stand
+    first.
 
     The report in the folder counts the time until it is written itself, the one returned all of it.
     """
-    applied = planned(source, plan, reader)
+    applied = planned(source, plan, reader, values)
     finished: list[Report] = []
     before = clock.seconds
 
@@ -381,8 +427,14 @@ def write_plan(
 
     with clock.stage("write"):
         write_checkpoint(
-            applied, plan, out, text=card(applied), report=report, command=common.command,
-            overwrite=common.overwrite, watch=common.watch,
+            applied,
+            plan,
+            out,
+            text=card(applied),
+            report=report,
+            command=common.command,
+            overwrite=common.overwrite,
+            watch=common.watch,
         )
     return replace(
         finished[-1], seconds=clock.seconds, stages=dict(clock.stages), peak_rss_bytes=peak_rss_bytes()
@@ -403,6 +455,8 @@ def _report(
     notes = list(more)
     if isinstance(applied, Applied) and applied.stored_note:
         notes.append(applied.stored_note)
+    if plan.merges and source.config.get("quantization_config"):
+        notes.append("the source's codes were decoded: an average of codes is no code, so the output is plain numbers")
     if plan.mtp == "drop" and any(
         applied.architecture.claim(name, source.config).kind == "extra" for name in source.names()
     ):
@@ -429,11 +483,7 @@ def _report(
         experts_before=[layer.experts for layer in plan.layers],
         experts_after=[len(layer.picks) for layer in plan.layers],
         predicted_nats=None if substituted else plan.made_by.get("predicted_nats"),
-        predicted_nats_reason=RENORMALISED_PRICE
-        if substituted
-        else None
-        if "predicted_nats" in plan.made_by
-        else NO_PRICE,
+        predicted_nats_reason=_no_price(plan, substituted),
         seconds=seconds,
         peak_rss_bytes=peak_rss_bytes(),
         stages=stages,
@@ -448,6 +498,15 @@ def _report(
         form="mone" if substituted else "moezip" if plan.ragged(width) else "stock",
         notes=notes,
     )
+
+
+def _no_price(plan: Plan, substituted: bool) -> str | None:
+    """Why there is no prediction; None where there is one."""
+    if substituted:
+        return RENORMALISED_PRICE
+    if "predicted_nats" in plan.made_by:
+        return None
+    return NO_MERGE_PRICE if plan.merges else NO_PRICE
 
 
 def weights_of(source: Source) -> int:

@@ -91,7 +91,10 @@ class Applied:
             yield name, self._fused(name, claim, self._layers[claim.layer])
         else:
             assert isinstance(claim.tensor, RouterTensor)
-            yield name, View(name, self._kept[claim.layer], claim.tensor.axis)
+            if self._layers[claim.layer].router == "remap":
+                yield name, View(name)
+            else:
+                yield name, View(name, self._kept[claim.layer], claim.tensor.axis)
 
     def _seen_extra(self, name: str) -> Iterator[tuple[str, Piece]]:
         """Multi-token-prediction layers follow the ranking of the last layer."""
@@ -166,7 +169,8 @@ class Applied:
                 next="leave them out (--set mtp=drop)",
             )  # fmt: skip
         stored = self._source.config.get("quantization_config")
-        layout = Layout({layer.layer: layer.widths(width) for layer in plan.layers}, stored)
+        remap = {layer.layer: layer.remap for layer in plan.layers if layer.router == "remap"}
+        layout = Layout({layer.layer: layer.widths(width) for layer in plan.layers}, stored, remap)
         layout.facts(facts)
         return layout
 

@@ -31,14 +31,15 @@ class LayerFiles:
 
     Args:
         folder: with files ``*.safetensors``, none of them half-written.
+        pattern: of the names of those that are meant.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, pattern: str = "*.safetensors"):
         from safetensors import safe_open
 
         self._files: dict[str, Path] = {}
         self._open: tuple[Path | None, Any] = (None, None)  # the file that was read last: its neighbours are next
-        for file in sorted(folder.glob("*.safetensors")):
+        for file in sorted(folder.glob(pattern)):
             with safe_open(file, "pt") as opened:
                 self._files.update(dict.fromkeys(opened.keys(), file))
 

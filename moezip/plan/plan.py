@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from moezip.arch.packing import folded, unfolded
 from moezip.arch.spec import LayerFacts
@@ -16,6 +16,10 @@ from moezip.errors import ArchitectureError, PlanError
 from moezip.formats.packed import Grid
 
 SCHEMA = 1
+# How a layer's router follows its experts; see LayerPlan.
+RouterForm = Literal["kept", "fitted", "remap"]
+# Weights of an average are printed with all their digits, and add to 1 but for the rounding of a few hundred sums.
+WEIGHT_SLACK = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +28,8 @@ class Part:
 
     Attributes:
         expert: of the source. weight: its share.
-        neurons: inner neurons kept, ascending (rows of gate and up, columns of down); None for all.
+        neurons: inner neurons kept, ascending (rows of gate and up, columns of down); None for all. In an average of
+            several experts: which neuron of this one goes with neuron 0, 1, ... of the new expert, all of them.
     """
 
     expert: int
@@ -34,7 +39,12 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Pick:
-    """One output expert: its sources; its router row is made of the same parts."""
+    """One output expert: what of the source goes into it.
+
+    Attributes:
+        parts: an expert that stays, whole or in part; or several, of whose weights it is the average. The first is the
+            dominant one, whose row in the router it has unless the layer's router says otherwise.
+    """
 
     parts: tuple[Part, ...]
 
@@ -49,18 +59,23 @@ class Pick:
 
     @property
     def neurons(self) -> tuple[int, ...] | None:
-        """The neurons kept of that expert, None for all."""
-        return self.parts[0].neurons
+        """The neurons that it keeps of its one expert, None for all."""
+        return None if self.mixed else self.parts[0].neurons
+
+    @property
+    def mixed(self) -> bool:
+        """Whether it is an average, and no expert of the source."""
+        return len(self.parts) > 1 or self.parts[0].weight != 1.0
 
     @property
     def kept(self) -> int:
-        """The source expert that this pick keeps, whole or in part. Raises PlanError where it mixes several."""
-        if len(self.parts) == 1 and self.parts[0].weight == 1.0:
-            return self.parts[0].expert
-        raise PlanError(
-            f"the plan mixes experts {', '.join(str(part.expert) for part in self.parts)} into one",
-            next="this version of moezip only keeps experts or parts of them",
-        )
+        """The source expert that this pick keeps, whole or in part, or that dominates the average."""
+        return self.parts[0].expert
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """The source experts in it, the dominant one first."""
+        return tuple(part.expert for part in self.parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +88,8 @@ class LayerPlan:
         picks: the output's experts, in order.
         scores: the method's score per source expert, for the reader; never used when the plan is applied.
         protected: source experts that the guard kept whatever their score.
+        router: ``kept``: the rows of the picks' (dominant) experts. ``fitted``: rows that the plan's values hold.
+            ``remap``: all rows of the source, and every choice of an expert means the pick that it went into.
     """
 
     layer: int
@@ -80,6 +97,17 @@ class LayerPlan:
     picks: tuple[Pick, ...]
     scores: tuple[float, ...] = ()
     protected: tuple[int, ...] = ()
+    router: RouterForm = "kept"
+
+    @property
+    def remap(self) -> tuple[int, ...]:
+        """For every source expert the pick that it went into. Raises PlanError if one went nowhere."""
+        places = {expert: place for place, pick in enumerate(self.picks) for expert in pick.members}
+        if missing := sorted(set(range(self.experts)) - set(places)):
+            raise PlanError(
+                f"layer {self.layer}: the router keeps the rows of all experts, but {missing[:8]} went into none"
+            )
+        return tuple(places[expert] for expert in range(self.experts))
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -90,6 +118,11 @@ class LayerPlan:
     def whole(self) -> bool:
         """Whether every pick keeps all neurons."""
         return all(pick.neurons is None for pick in self.picks)
+
+    @property
+    def merges(self) -> bool:
+        """Whether some picks are averages, or the router is another one."""
+        return self.router != "kept" or any(pick.mixed for pick in self.picks)
 
     def widths(self, width: int) -> tuple[int, ...]:
         """Neurons kept of each output expert, of ``width`` in the source."""
@@ -107,6 +140,9 @@ class Plan:
         mtp: ``drop`` or ``keep`` the multi-token-prediction layers.
         packing: matrices of the output that are stored as codes, by name, and their grids.
         made_by: method, settings, statistics and data fingerprints, seed, version: for the reader.
+        values: digest of the values that no pick can say (``moezip.plan.merged``), which lie in a file beside the
+            plan, or in the checkpoint that it was written with; empty without any.
+        solved: names of these values.
     """
 
     source: str
@@ -115,6 +151,8 @@ class Plan:
     mtp: str = "drop"
     made_by: dict[str, Any] = field(default_factory=dict)
     packing: dict[str, Grid] = field(default_factory=dict)
+    values: str = ""
+    solved: tuple[str, ...] = ()
 
     @classmethod
     def identity(cls, source: str, architecture: str, facts: Sequence[LayerFacts]) -> Plan:
@@ -128,12 +166,19 @@ class Plan:
         Such a plan makes a checkpoint in moezip's own format, others a stock one.
         """
         widths = {each for layer in self.layers for each in layer.widths(width)}
-        return len({len(layer.picks) for layer in self.layers}) > 1 or len(widths) > 1 or widths == {0}
+        remapped = any(layer.router == "remap" for layer in self.layers)
+        return remapped or len({len(layer.picks) for layer in self.layers}) > 1 or len(widths) > 1 or widths == {0}
+
+    @property
+    def merges(self) -> bool:
+        """Whether there are experts or routers that no source tensor holds."""
+        return bool(self.solved) or any(layer.merges for layer in self.layers)
 
     @property
     def keeps_all(self) -> bool:
         """Whether every layer keeps every expert whole and in place."""
-        return all(layer.whole and layer.kept == tuple(range(layer.experts)) for layer in self.layers)
+        in_place = (layer.whole and layer.kept == tuple(range(layer.experts)) for layer in self.layers)
+        return not self.merges and all(in_place)
 
     def validate(self, facts: Sequence[LayerFacts], fingerprint: str, where: object = None) -> None:
         """Raises PlanError unless this plan can be carried out on the checkpoint with these facts."""
@@ -150,15 +195,18 @@ class Plan:
                 where=where,
             )
         for layer, fact in zip(self.layers, facts, strict=True):
-            kept = layer.kept
-            if layer.experts != fact.experts or not all(0 <= e < fact.experts for e in kept):
+            kept, used = layer.kept, [expert for pick in layer.picks for expert in pick.members]
+            if layer.experts != fact.experts or not all(0 <= e < fact.experts for e in used):
                 raise PlanError(
-                    f"layer {layer.layer} has experts 0 to {fact.experts - 1}, the plan keeps {list(kept)}", where=where
+                    f"layer {layer.layer} has experts 0 to {fact.experts - 1}, the plan keeps {used}", where=where
                 )
-            if len(set(kept)) != len(kept):
-                raise PlanError(f"layer {layer.layer}: the plan keeps an expert twice: {list(kept)}", where=where)
+            if len(set(used)) != len(used):
+                raise PlanError(f"layer {layer.layer}: the plan keeps an expert twice: {used}", where=where)
             for pick in layer.picks:
                 require_neurons(pick, fact, where)
+            if layer.router == "remap":
+                assert len(layer.remap) == fact.experts
+                continue
             require_keepable(fact, len(kept))
             require_groups(fact, kept, where)
         if self.mtp not in ("drop", "keep"):
@@ -169,9 +217,11 @@ class Plan:
         layers = []
         for layer in self.layers:
             entry: dict[str, Any] = {"layer": layer.layer, "experts": layer.experts}
-            entry["picks"] = [_pick_json(pick) for pick in layer.picks]
+            entry["picks"] = [pick_json(pick) for pick in layer.picks]
             if layer.protected:
                 entry["protected"] = list(layer.protected)
+            if layer.router != "kept":
+                entry["router"] = layer.router
             if layer.scores:
                 entry["scores"] = list(layer.scores)
             body = ",\n".join(f"      {json.dumps(key)}: {json.dumps(value)}" for key, value in entry.items())
@@ -182,6 +232,9 @@ class Plan:
         if self.packing:
             table = ",\n".join(f"    {json.dumps(key)}: {json.dumps(row)}" for key, row in folded(self.packing).items())
             text += '  "packing": {\n' + table + "\n  },\n"
+        if self.solved:
+            text += f'  "values": {json.dumps(self.values)},\n'
+            text += '  "solved": [\n' + ",\n".join(f"    {json.dumps(name)}" for name in self.solved) + "\n  ],\n"
         return "{\n" + text + f'  "made_by": {made_by},\n  "layers": [\n' + ",\n".join(layers) + "\n  ]\n}\n"
 
     @classmethod
@@ -195,9 +248,10 @@ class Plan:
                 LayerPlan(
                     int(entry["layer"]),
                     int(entry["experts"]),
-                    tuple(_pick(pick) for pick in entry["picks"]),
+                    tuple(pick_of(pick) for pick in entry["picks"]),
                     tuple(entry.get("scores", ())),
                     tuple(entry.get("protected", ())),
+                    _router(entry.get("router", "kept")),
                 )
                 for entry in data["layers"]
             )
@@ -205,7 +259,8 @@ class Plan:
             if not all(isinstance(name, str) for name in names):
                 raise TypeError(f"source, architecture and mtp must be texts, not {names}")
             packing = unfolded(data.get("packing", {}))
-            return cls(names[0], names[1], layers, names[2], dict(data.get("made_by", {})), packing)
+            values, solved = str(data.get("values", "")), tuple(map(str, data.get("solved", ())))
+            return cls(names[0], names[1], layers, names[2], dict(data.get("made_by", {})), packing, values, solved)
         except ArchitectureError as fault:
             raise PlanError(f"the plan's packing cannot be read: {fault.what}", where=where) from fault
         except (ValueError, KeyError, TypeError) as fault:
@@ -228,16 +283,25 @@ class Plan:
         return cls.from_json(text, path)
 
 
-def _pick_json(pick: Pick) -> Any:
+def pick_json(pick: Pick) -> Any:
+    """A pick as the plan's file has it."""
     if len(pick.parts) == 1 and pick.parts[0].weight == 1.0:
         if pick.neurons is not None:
             return {"expert": pick.parts[0].expert, "neurons": ranges(pick.neurons)}
         return pick.parts[0].expert
-    return [[part.expert, part.weight] for part in pick.parts]
+    return [
+        [part.expert, part.weight] + ([] if part.neurons is None else [ranges(part.neurons)]) for part in pick.parts
+    ]
+
+
+def _router(word: str) -> RouterForm:
+    if word not in get_args(RouterForm):
+        raise ValueError(f"router is {word!r}")
+    return word  # type: ignore[return-value]
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers as text, neighbours joined: 0 1 2 5 -> "0-2 5"."""
+    """Numbers as text, each with its successors joined: 0 1 2 5 -> "0-2 5"."""
     found: list[list[int]] = []
     for number in numbers:
         if found and number == found[-1][1] + 1:
@@ -256,16 +320,35 @@ def numbers_of(text: str) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _pick(data: Any) -> Pick:
+def pick_of(data: Any) -> Pick:
+    """The inverse of ``pick_json``. Raises ValueError, KeyError or TypeError for anything else."""
     if isinstance(data, int):
         return Pick.keep(data)
     if isinstance(data, dict):
         return Pick((Part(int(data["expert"]), neurons=numbers_of(data["neurons"])),))
-    return Pick(tuple(Part(int(expert), float(weight)) for expert, weight in data))
+    return Pick(
+        tuple(
+            Part(int(expert), float(weight), numbers_of(order[0]) if order else None) for expert, weight, *order in data
+        )
+    )
 
 
 def require_neurons(pick: Pick, fact: LayerFacts, where: object = None) -> None:
-    """Raises PlanError unless the neurons of a pick are ascending numbers below the width."""
+    """Raises PlanError unless the neurons of a pick are ascending numbers below the width.
+
+    Of an average: unless the weights add to 1, and every part has all neurons, in whatever order.
+    """
+    if pick.mixed:
+        total = sum(part.weight for part in pick.parts)
+        if not abs(total - 1) <= WEIGHT_SLACK:
+            raise PlanError(f"layer {fact.layer}: weights of {pick.members} add to {total:.6g}, not to 1", where=where)
+        for part in pick.parts:
+            if part.neurons is not None and sorted(part.neurons) != list(range(fact.width)):
+                raise PlanError(
+                    f"layer {fact.layer}: the order of expert {part.expert}'s neurons is no order of {fact.width}",
+                    where=where,
+                )
+        return
     neurons = pick.neurons
     if neurons is None:
         return

@@ -1,0 +1,59 @@
+"""Knobs that every merging method has: how neurons are put in order, weights combined, and what the router becomes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from moezip.errors import UsageError
+
+ALIGNMENTS = ("none", "weights", "activations")
+COMBINATIONS = ("frequency", "gates", "mean", "least-squares")
+ROUTERS = ("dominant", "sum", "remap")
+REFERENCES = ("dominant", "first")
+
+
+@dataclass(frozen=True, slots=True)
+class MergeParams:
+    """Common settings.
+
+    Attributes:
+        align: put each member's neurons in the order of the reference's before averaging: by ``weights``, by
+            ``activations`` on the text, or ``none``.
+        reference: whose order: the group's ``dominant`` expert's, or that of the layer's ``first`` expert, as M-SMoE
+            published it.
+        combine: the merged weights: an average by ``frequency`` (tokens routed), by ``gates`` (sum of gate weights),
+            the plain ``mean``, or ``least-squares`` (least error of the routed outputs on the text).
+        router: the merged expert's row: that of its ``dominant`` member; one fitted to the ``sum`` of the members'
+            scores; or ``remap``: all rows stay and any member's row leads to the merged expert, which only moezip
+            reads.
+        price: predict the rise of the loss, which takes a backward pass over the text.
+        ridge: least squares: how strongly solutions hold on to the average, as a share of the mean diagonal.
+    """
+
+    align: str = "weights"
+    reference: str = "dominant"
+    combine: str = "frequency"
+    router: str = "dominant"
+    price: bool = False
+    ridge: float = 0.01
+
+    def __post_init__(self) -> None:
+        require_one_of("align", self.align, ALIGNMENTS)
+        require_one_of("reference", self.reference, REFERENCES)
+        require_one_of("combine", self.combine, COMBINATIONS)
+        require_one_of("router", self.router, ROUTERS)
+        if not self.ridge > 0:
+            raise UsageError("the ridge must be above 0", where=f"--set ridge={self.ridge:g}")
+
+
+def require_one_of(key: str, value: str, known: tuple[str, ...]) -> None:
+    """Raises UsageError for a word that a setting does not know."""
+    if value not in known:
+        words = f"{', '.join(known[:-1])} or {known[-1]}"
+        raise UsageError(f"{key} is {words}, not {value!r}", where=f"--set {key}={value}")
+
+
+def looks(params: Any) -> bool:
+    """Whether the common stages need the layers' inputs with these settings."""
+    return bool(params.align == "activations" or params.combine == "least-squares" or params.router == "sum")

@@ -1,0 +1,16 @@
+"""The stages that all merging methods share: align, combine, router, price."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moezip.merge.layer import Merge, MergeLayer, averages
+from moezip.plan.plan import RouterForm
+
+FORMS: dict[str, RouterForm] = {"dominant": "kept", "sum": "fitted", "remap": "remap"}
+
+
+def merge(layer: MergeLayer, params: Any) -> Merge:
+    """One layer's output experts and router, with the settings of ``moezip.merge.params.MergeParams``."""
+    found = Merge(averages(layer.groups, layer.usage(params.combine), {}), FORMS[params.router])
+    return found
