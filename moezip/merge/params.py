@@ -22,6 +22,7 @@ class MergeParams:
             ``activations`` on the text, or ``none``.
         reference: whose order: the group's ``dominant`` expert's, or that of the layer's ``first`` expert, as M-SMoE
             published it.
+        projection: random projections that stand for a neuron's weights where experts are wider than 4,096.
         combine: the merged weights: an average by ``frequency`` (tokens routed), by ``gates`` (sum of gate weights),
             the plain ``mean``, or ``least-squares`` (least error of the routed outputs on the text).
         router: the merged expert's row: that of its ``dominant`` member; one fitted to the ``sum`` of the members'
@@ -33,6 +34,7 @@ class MergeParams:
 
     align: str = "weights"
     reference: str = "dominant"
+    projection: int = 2048
     combine: str = "frequency"
     router: str = "dominant"
     price: bool = False
@@ -43,6 +45,8 @@ class MergeParams:
         require_one_of("reference", self.reference, REFERENCES)
         require_one_of("combine", self.combine, COMBINATIONS)
         require_one_of("router", self.router, ROUTERS)
+        if self.projection < 1:
+            raise UsageError("neurons need at least 1 projection", where=f"--set projection={self.projection}")
         if not self.ridge > 0:
             raise UsageError("the ridge must be above 0", where=f"--set ridge={self.ridge:g}")
 
