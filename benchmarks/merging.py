@@ -1,0 +1,148 @@
+"""Merging against pruning at equal bytes: loss by domain, tasks, predicted and measured rise.
+
+    python benchmarks/merging.py CKPT --calib calib --heldout heldout --tasks tasks
+
+One calibration with gradients over all files of ``calib``; merging that looks at the layers again does so on the same
+text. Every plan leaves the same number of experts in each layer, or as many neurons' worth, and is measured as a view;
+sizes are those of its tensors. Prints, per plan, megabytes, held-out loss and its rise over all domains, the largest
+rise of one domain, the mean accuracy over the tasks, and the predicted rise where there is one, then the rank
+correlation of predictions and measurements. One calibration set, one seed, one run. Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import measure
+
+# label, method, settings, scope
+MERGES: tuple[tuple[str, str, dict[str, str], str], ...] = (
+    ("m-smoe as published, all rows", "m-smoe", {"router": "remap"}, "layer"),
+    ("m-smoe, dominant's row", "m-smoe", {"router": "dominant"}, "layer"),
+    ("m-smoe, fitted row", "m-smoe", {"router": "sum"}, "layer"),
+    ("m-smoe over the model, all rows", "m-smoe", {"router": "remap"}, "model"),
+    ("m-smoe, least squares", "m-smoe", {"combine": "least-squares"}, "layer"),
+    ("m-smoe, least squares, all rows", "m-smoe", {"combine": "least-squares", "router": "remap"}, "layer"),
+    ("hc-smoe, all rows", "hc-smoe", {"router": "remap"}, "layer"),
+    ("hc-smoe, dominant's row", "hc-smoe", {"router": "dominant"}, "layer"),
+    ("hc-smoe, least squares, all rows", "hc-smoe", {"combine": "least-squares", "router": "remap"}, "layer"),
+    ("sub-moe, all rows", "sub-moe", {"router": "remap"}, "layer"),
+    ("sub-moe over 2 layers, all rows", "sub-moe", {"router": "remap"}, "model"),
+    ("sub-moe, rank 0.8, all rows", "sub-moe", {"router": "remap", "rank": "0.8"}, "layer"),
+    ("sub-moe, dominant's row", "sub-moe", {"router": "dominant"}, "layer"),
+    ("sub-moe, least squares, all rows", "sub-moe", {"combine": "least-squares", "router": "remap"}, "layer"),
+    ("dern", "dern", {}, "layer"),
+)
+PRUNES: tuple[tuple[str, str, dict[str, str], str], ...] = (
+    ("reap", "reap", {}, "layer"),
+    ("easy-ep", "easy-ep", {}, "layer"),
+    ("heapr", "heapr", {}, "layer"),
+    ("nats over the model", "nats", {}, "model"),
+    ("frequency", "frequency", {}, "layer"),
+    ("random", "random", {}, "layer"),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="a folder, or the word demo")
+    parser.add_argument("--calib", type=Path, required=True)
+    parser.add_argument("--heldout", type=Path, required=True)
+    parser.add_argument("--tasks", type=Path, help="folder of questions")
+    parser.add_argument("--keep", type=int, nargs="+", default=[24, 16, 8])
+    parser.add_argument("--tokens", type=int, default=16_384, help="calibration tokens")
+    parser.add_argument("--heldout-tokens", type=int, default=3_584, help="of each held-out file")
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--only", nargs="*", help="plans whose label holds one of these words")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all values there")
+    given = parser.parse_args()
+
+    from scipy.stats import spearmanr
+
+    from moezip.calibrate.data import domains_of
+    from moezip.evaluate.loss import evaluate
+    from moezip.export.readers import planned
+    from moezip.export.stock import tensor_bytes
+    from moezip.pipeline import Common, PruneJob, make_plan, opened, prepare_prune, run_calibration
+    from moezip.pipeline.merge import MergeJob, make_merge_plan, passing, prepare_merge
+    from moezip.plan.packed import LayerFiles
+
+    calib = sorted(given.calib.iterdir()) if given.calib.is_dir() else [given.calib]
+    texts, common, model = domains_of(calib, given.tokens), Common(seq_len=given.seq_len), opened(given.checkpoint)
+
+    def wanted(plans: Any) -> list[Any]:
+        return [plan for plan in plans if not given.only or any(word in plan[0] for word in given.only)]
+
+    merges, prunes = wanted(MERGES), wanted(PRUNES)
+
+    def merging(method: str, settings: dict[str, str], scope: str, keep: int) -> tuple[Any, Any]:
+        job = MergeJob(method, keep=keep, settings=settings, texts=texts, scope=scope)
+        return job, prepare_merge(given.checkpoint, job, common)
+
+    record = {"gradients": None}
+    for _, method, settings, scope in merges:
+        record.update(dict.fromkeys(passing(merging(method, settings, scope, given.keep[0])[1])["record"]))
+    begun = time.perf_counter()
+    with tempfile.TemporaryDirectory() as work:
+        stats = run_calibration(model, texts, common, record=list(record), workdir=Path(work) / "w", probes=3)
+    print(f"calibration: {stats.tokens:,} tokens in {time.perf_counter() - begun:.1f} s")
+
+    def measured(view: Any) -> Any:
+        tasks = [given.tasks] if given.tasks else []
+        return evaluate(view, data=[given.heldout], tasks=tasks, tokens=given.heldout_tokens, seq_len=given.seq_len)
+
+    dense = measured(model.source)
+
+    def score(found: Any) -> str:
+        return f"{sum(s.accuracy for s in found.tasks.values()) / len(found.tasks):.3f}" if found.tasks else "-"
+
+    print(f"dense: loss {dense.loss.nll:.4f} over {dense.loss.tokens:,} tokens, tasks {score(dense)}, "
+          f"{tensor_bytes(model.source) / 1e6:.2f} MB\n")  # fmt: skip
+    rows, values = [], []
+
+    def add(label: str, keep: int, view: Any, plan: Any, seconds: float) -> None:
+        found = measured(view)
+        rise = found.loss.nll - dense.loss.nll
+        rises = {name: loss.nll - dense.by_file[name].nll for name, loss in found.by_file.items()}
+        worst = max(rises, key=lambda name: rises[name])
+        predicted, size = plan.made_by.get("predicted_nats"), tensor_bytes(view)
+        measure.say(f"{keep} {label}: {rise:+.4f}")
+        shown = "-" if predicted is None else f"{predicted:+.4f}"
+        rows.append((str(keep), label, f"{size / 1e6:.2f}", f"{found.loss.nll:.4f}", f"{rise:+.4f}",
+                     f"{rises[worst]:+.3f} {worst}", score(found), shown, f"{seconds:.1f}"))  # fmt: skip
+        values.append({"keep": keep, "plan": label, "bytes": size, "rise": rise, "rises": rises, "predicted": predicted,
+                       "tasks": {name: s.accuracy for name, s in found.tasks.items()}, "seconds": seconds})  # fmt: skip
+
+    for keep in given.keep:
+        for label, method, settings, scope in merges:
+            job, prepared = merging(method, settings, scope, keep)
+            begun = time.perf_counter()
+            with tempfile.TemporaryDirectory() as work:
+                plan, solved, _ = make_merge_plan(prepared, job, stats, common, Path(work) / "w")
+                seconds = time.perf_counter() - begun
+                add(label, keep, planned(model.source, plan, None, LayerFiles(solved.folder)), plan, seconds)
+        for label, method, settings, scope in prunes:
+            asked: dict[str, Any] = {"keep": keep}
+            if method == "heapr":
+                asked = {"ratio": 1 - keep / model.facts[0].experts}
+            pruning = PruneJob(method, settings=settings, scope=scope, **asked)
+            begun = time.perf_counter()
+            plan = make_plan(prepare_prune(given.checkpoint, pruning, common), pruning, stats, common)
+            add(label, keep, planned(model.source, plan), plan, time.perf_counter() - begun)
+    head = ("experts", "plan", "MB", "loss", "rise", "worst domain", "tasks", "predicted", "s")
+    print(measure.table(head, rows))
+    merged = {plan[0] for plan in merges}
+    for name, some in (("merges", [v for v in values if v["plan"] in merged]), ("all plans", values)):
+        told = [v for v in some if v["predicted"] is not None]
+        if len(told) > 2:
+            rank = spearmanr([v["predicted"] for v in told], [v["rise"] for v in told]).statistic
+            print(f"\nrank correlation of predicted and measured rises, {name} ({len(told)}): {rank:.3f}")
+    measure.save(given.json, {"merging": values})
+
+
+if __name__ == "__main__":
+    main()
