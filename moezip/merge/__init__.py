@@ -1,5 +1,7 @@
 """Merging methods: one paper per file, one name in ``METHODS``."""
 
+from moezip.merge.hc_smoe import HC_SMOE
 from moezip.merge.m_smoe import M_SMOE
+from moezip.merge.sub_moe import SUB_MOE
 
-METHODS = (M_SMOE,)
+METHODS = (HC_SMOE, M_SMOE, SUB_MOE)
