@@ -1,7 +1,8 @@
 """Merging methods: one paper per file, one name in ``METHODS``."""
 
+from moezip.merge.dern import DERN
 from moezip.merge.hc_smoe import HC_SMOE
 from moezip.merge.m_smoe import M_SMOE
 from moezip.merge.sub_moe import SUB_MOE
 
-METHODS = (HC_SMOE, M_SMOE, SUB_MOE)
+METHODS = (DERN, HC_SMOE, M_SMOE, SUB_MOE)
