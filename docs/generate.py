@@ -13,6 +13,7 @@ from pathlib import Path
 
 from moezip.arch.families import ARCHITECTURES, REFUSED
 from moezip.arch.spec import Architecture
+from moezip.merge import METHODS as MERGING
 from moezip.prune import METHODS, PROFILES
 from moezip.quantize import METHODS as SOLVERS
 from moezip.registry import Method
@@ -29,6 +30,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def methods() -> str:
     return _methods((*sorted(METHODS, key=lambda m: (not m.reads_text, m.name)), *PROFILES))
+
+
+def merging() -> str:
+    return _methods(MERGING)
 
 
 def solvers() -> str:
@@ -69,7 +74,7 @@ def refused() -> str:
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
-    "methods": methods, "solvers": solvers, "architectures": architectures, "refused": refused
+    "methods": methods, "merging": merging, "solvers": solvers, "architectures": architectures, "refused": refused
 }  # fmt: skip
 
 

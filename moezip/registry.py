@@ -34,7 +34,8 @@ class Method:
         run: the method itself; for prune ``run(facts, stats, params) -> float64[E]``, higher is kept.
         comparable: whether scores of different layers are on one scale, so that they may be ranked over the model.
         unit: what is scored and removed: whole experts, or ``neuron``s inside them (then ``run`` gives [E, F]).
-        weights: names of data-free statistics that are computed from the weights alone.
+        weights: names of data-free statistics that are computed from the weights alone; ``weights(params)`` gives them
+            where they depend on the settings.
         records: where the sums depend on the settings: ``records(params)`` gives the
             ``moezip.calibrate.record.Record``s that the method reads, own ones (named by ``record_name``) or standing
             ones; a calibration for this method sums them besides the standing ones. Settings with a ``keep`` get the
@@ -60,7 +61,7 @@ class Method:
     schedule: Literal["global", "layerwise"] = "global"
     unit: Literal["expert", "neuron"] = "expert"
     comparable: bool = False
-    weights: tuple[str, ...] = ()
+    weights: tuple[str, ...] | Callable[[Any], tuple[str, ...]] = ()
     records: Callable[[Any], tuple[Any, ...]] | None = None
     check: Callable[..., None] | None = None
     choose: Callable[..., list[Any]] | None = None
@@ -77,6 +78,10 @@ class Method:
         """Names of all recorded statistics that ``run`` and ``choose`` read with these settings."""
         own = () if self.records is None else tuple(record.name for record in self.records(params))
         return tuple(dict.fromkeys((*self.needs, *own)))
+
+    def reads_weights(self, params: Any) -> tuple[str, ...]:
+        """Names of the data-free statistics that it reads with these settings."""
+        return self.weights(params) if callable(self.weights) else self.weights
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
@@ -12,6 +13,9 @@ from moezip.calibrate.statistics import Array
 from moezip.checkpoint.source import Source
 from moezip.progress import Progress, Watch, unwatched
 from moezip.registry import lookup
+
+# What experts may take in float32 while their inner products are formed.
+GRAM_BYTES = 512 * 2**20
 
 
 def router_row_norm(source: Source, architecture: Architecture, fact: LayerFacts) -> Array:
@@ -30,9 +34,40 @@ def down_column_norm(source: Source, architecture: Architecture, fact: LayerFact
     return np.array(means)
 
 
+def expert_gram(source: Source, architecture: Architecture, fact: LayerFacts) -> Array:
+    """Inner products of every two experts' weights (gate, up and down as one long row, biases left out), [E, E].
+
+    Experts with tensors of their own are read once, some rows of all of them at a time. Where one tensor holds them
+    all, as many are in memory as ``GRAM_BYTES`` allows, and the others are read again for each such lot.
+    """
+    import torch
+
+    total = np.zeros((fact.experts, fact.experts))
+    for tensor in architecture.experts:
+        if tensor.role.endswith("bias"):
+            continue
+        names = [tensor.template.format(layer=fact.layer, expert=expert) for expert in range(fact.experts)]
+        spec = source.spec(names[0])
+        if tensor.fused:
+            lot = max(GRAM_BYTES // (4 * math.prod(spec.shape[1:])), 1)
+            for first in range(0, fact.experts, lot):
+                mine = source.read(names[0], range(first, min(first + lot, fact.experts))).float().flatten(1)
+                for other in range(fact.experts):
+                    row = source.read(names[0], range(other, other + 1)).float().flatten()
+                    total[first : first + lot, other] += (mine @ row).double().numpy()
+            continue
+        step = max(GRAM_BYTES // (4 * fact.experts * math.prod(spec.shape[1:])), 1)
+        for first in range(0, spec.shape[0], step):
+            rows = range(first, min(first + step, spec.shape[0]))
+            some = torch.stack([source.read(name, rows).float().flatten() for name in names])
+            total += (some @ some.T).double().numpy()
+    return total
+
+
 WEIGHT_RECORDS: Mapping[str, Callable[[Source, Architecture, LayerFacts], Array]] = {
     "router_row_norm": router_row_norm,
     "down_column_norm": down_column_norm,
+    "expert_gram": expert_gram,
 }
 
 

@@ -382,6 +382,7 @@ def make_merge_plan(
     prepared: Prepared, job: MergeJob, stats: Statistics | None, common: Common, folder: Path
 ) -> tuple[Plan, Solved, list[str]]:
     """The plan, its solved values in ``folder``, and what the report should say."""
+    from moezip.calibrate.weights import weight_statistics
     from moezip.pipeline.layerwise import job_digest
 
     model, method, params = prepared.model, prepared.method, prepared.params
@@ -390,6 +391,9 @@ def make_merge_plan(
         stats.require_source(model.source.fingerprint, job.stats)
         stats.require(method.reads(params), job.stats, layers=[fact.layer for fact in model.facts])
         named = mixed_statistics(stats, model.facts, job.weights)
+    read = method.reads_weights(params)
+    own = weight_statistics(model.source, model.architecture, model.facts, read, common.watch)
+    named = {layer: {**sums, **own[layer]} for layer, sums in named.items()}
     groups = make_groups(prepared, job, named)
     rows = read_rows(prepared, job, common) if prepared.looks else None
     data = () if rows is None else tuple(rows.fingerprint(name) for name in dict.fromkeys(rows.domains))

@@ -158,7 +158,8 @@ def make_plan(prepared: Prepared, job: PruneJob, stats: Statistics | None, commo
     if stats is not None:
         stats.require_source(model.source.fingerprint, job.stats)
         stats.require(method.reads(prepared.params), job.stats, layers=[fact.layer for fact in model.facts])
-    weights = weight_statistics(model.source, model.architecture, model.facts, method.weights, common.watch)
+    names = method.reads_weights(prepared.params)
+    weights = weight_statistics(model.source, model.architecture, model.facts, names, common.watch)
     scores = {fact.layer: _score(prepared, fact, stats, weights[fact.layer], job.weights) for fact in model.facts}
     protected = _protected(prepared, stats)
     if method.unit == "neuron":
