@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from moezip.merge.align import orders
 from moezip.merge.layer import Merge, MergeLayer, averages
 from moezip.plan.plan import RouterForm
 
@@ -12,5 +13,5 @@ FORMS: dict[str, RouterForm] = {"dominant": "kept", "sum": "fitted", "remap": "r
 
 def merge(layer: MergeLayer, params: Any) -> Merge:
     """One layer's output experts and router, with the settings of ``moezip.merge.params.MergeParams``."""
-    found = Merge(averages(layer.groups, layer.usage(params.combine), {}), FORMS[params.router])
+    found = Merge(averages(layer.groups, layer.usage(params.combine), orders(layer, params)), FORMS[params.router])
     return found
