@@ -256,6 +256,9 @@ def test_the_command_writes_a_stock_checkpoint_and_repeats_itself(
         )  # fmt: skip
         assert answer.code == 0, answer.err
     assert model_files(tmp_path / "a") == model_files(tmp_path / "b")
+    answer = cli("apply", tiny(name), tmp_path / "a" / "moezip" / "plan.json", tmp_path / "again")
+    assert answer.code == 0, answer.err
+    assert model_files(tmp_path / "again") == model_files(tmp_path / "a")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
     assert bool(model(torch.arange(5, 20)[None]).logits.isfinite().all())
     answer = cli(

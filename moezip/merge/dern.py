@@ -315,7 +315,7 @@ def solve(layer: MergeLayer, params: DernParams) -> Merge:
             changed, count = rebuilt(layer, expert, arrivals, params)
             placed += count
             for role, value in changed.items():
-                found.solve_expert(layer.facts.layer, number, role, value)
+                found.solve_expert(layer.facts.layer, number, role, value.to(layer.dtype(role)))
     found.notes = (f"{placed:,} of {gone:,} neurons of dropped experts went to retained ones",)
     return found
 

@@ -12,6 +12,7 @@ from moezip.calibrate.statistics import Array
 from moezip.checkpoint.source import Source
 from moezip.plan.merged import expert_value, read_role, router_value
 from moezip.plan.plan import Part, Pick, RouterForm
+from moezip.plan.views import split_roles
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +41,11 @@ class MergeLayer:
     def matrix(self, expert: int, role: ExpertRole) -> torch.Tensor:
         """``gate``, ``up`` [F, D], ``down`` [D, F] or a bias of a source expert, float32, in fresh memory."""
         return read_role(self.source, self.architecture, self.facts.layer, expert, role).float()
+
+    def dtype(self, role: ExpertRole) -> torch.dtype:
+        """Of the source's matrices of a role; solved values are rounded to it, as that is what a checkpoint holds."""
+        tensor = next(each for each in self.architecture.experts if role in split_roles(each))
+        return self.source.read(tensor.template.format(layer=self.facts.layer, expert=0), range(0)).dtype
 
     @property
     def roles(self) -> tuple[ExpertRole, ...]:
