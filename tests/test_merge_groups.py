@@ -102,14 +102,17 @@ def test_lloyd_is_lloyd_on_the_points_themselves() -> None:
 
 
 def test_single_moves_go_on_where_the_iterations_stop() -> None:
-    # on a line: {0, 4} with centre 2 and {6.2}. 4 is 2 from its centre and 2.2 from the other, so Lloyd stops at
-    # 2^2 + 2^2 = 8. With {0} and {4, 6.2} it is 2 * 1.1^2 = 2.42: leaving saves 2/1 * 4, joining costs 1/2 * 4.84
-    line = np.array([0.0, 4, 6.2])
+    # on a line: {0, 4} with centre 2 and {7.5}. 4 is 2 from its centre and 3.5 from the other, so Lloyd stops at
+    # 2^2 + 2^2 = 8. With {0} and {4, 7.5} it is 2 * 1.75^2 = 6.125: leaving saves 2/1 * 4, joining costs 1/2 * 12.25
+    line = np.array([0.0, 4, 7.5])
     gram, labels = np.outer(line, line), np.array([0, 0, 1])
     assert lloyd(gram, labels, 2).tolist() == [0, 0, 1]
     assert moves(gram, labels, 2).tolist() == [0, 1, 1]
     assert objective(gram, labels) == pytest.approx(8, rel=EXACT)
-    assert objective(gram, np.array([0, 1, 1])) == pytest.approx(2.42, rel=EXACT)
+    assert objective(gram, np.array([0, 1, 1])) == pytest.approx(6.125, rel=EXACT)
+    # at 8.1 the other way costs 1/2 * 4.1^2 = 8.405
+    line[2] = 8.1
+    assert moves(np.outer(line, line), labels, 2).tolist() == [0, 0, 1]
 
 
 def test_kmeans_finds_the_best_of_all_partitions() -> None:
@@ -311,7 +314,7 @@ def test_sub_moe_counts_by_hand() -> None:
     with pytest.raises(PlanError, match="the routers need 4"):
         sub_moe.counts(facts, stats, 3, SubMoeParams())
     # outputs ten times as large are as much alike
-    larger = {**stats, 1: {**stats[1], gram_name(0, False): 100 * stats[1][gram_name(0, False)]}}
+    larger = {**stats, 0: {**stats[0], gram_name(0, False): 100 * stats[0][gram_name(0, False)]}}
     assert sub_moe.counts(facts, larger, 3, remap) == {0: 1, 1: 2}
 
 

@@ -6,8 +6,8 @@
    rarer of the two, the share that chose both.
 2. The most used experts are dominant; every other one joins the dominant expert that it resembles most (of equal ones
    the more used). With router groups all of this happens inside each, equally many dominant experts in each.
-3. With --scope model the numbers of groups adapt: usage as a share of the layer's tokens is ranked over all layers, the
-   most used expert of a layer first of all, and the top of the list is dominant. The total is exact: of equal shares
+3. With --scope model the numbers of groups adapt: usage as a share of the layer's tokens is ranked over all layers,
+   and the top of the list is dominant; the most used expert of a layer always is. The total is exact: of equal shares
    the one in the earlier layer counts; as published, with a strict threshold, ties give fewer groups than asked for.
    A stock router needs at least top-k experts, so no layer gets fewer; with router=remap one is enough.
 4. Neurons are put in the order of the layer's first expert, weights are averaged by usage.
@@ -115,9 +115,7 @@ def counts(
     for fact in facts:
         require_finite(fact, stats[fact.layer], "counts")
         tokens = stats[fact.layer]["counts"]
-        shares = tokens / max(tokens.sum(), np.finfo(float).tiny)
-        shares[shares.argmax()] = 1.0
-        usage[fact.layer] = shares
+        usage[fact.layer] = tokens / max(tokens.sum(), np.finfo(float).tiny)
     bound = [least_groups(fact, params.router) for fact in facts]
     return model_counts(bound, usage, total, {})
 

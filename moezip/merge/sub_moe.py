@@ -6,7 +6,9 @@
    of the outputs' cosines, the paper's similarity.
 2. The most used expert of a cluster is the dominant one. Merged is U S V' with U, S shared and V averaged by usage;
    without truncation that is the plain weighted average of the weights, and no SVD is needed (`--set rank=1`, the
-   default). With rank < 1 the average is projected on the leading directions of the whitened members.
+   default). With rank < 1 the average is projected on the leading directions of the whitened members. The authors
+   average neurons as they lie (`--set align=none`); in the order of the dominant expert's, the default, the model lost
+   less.
 3. With --scope model, ``layers`` neighbouring layers share their number of clusters. The paper gives no rule; here, as
    in REAP's reading of it, each layer has a dendrogram (average linkage on 1 - cosine of the Y_i, a scale that layers
    share), the heights are pooled, and the lowest merges are taken until the number is reached exactly.
