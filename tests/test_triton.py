@@ -20,6 +20,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install 'moez
 
 from moezip.kernels import triton_experts as gpu  # noqa: E402
 from moezip.kernels import triton_grouped as kernels  # noqa: E402
+from moezip.kernels import triton_packed  # noqa: E402
 from tests import triton_static  # noqa: E402
 
 DEVICE = "cpu" if gpu.interpreted() else "cuda"
@@ -57,9 +58,11 @@ class Known:
             values = whole - (2 ** (bits - 1) if self.zeros is None else self.zeros.double()[:, :, None])
         self.weights = (values * self.scales.double()[:, :, None]).view(rows, inputs)
 
-    def laid_out(self) -> gpu.Matrix:
+    def laid_out(self) -> triton_packed.Matrix:
         zeros = None if self.zeros is None else self.zeros.to(DEVICE)
-        return gpu.lay_out(self.packed.to(DEVICE), self.scales.to(DEVICE), zeros, self.bits, self.group, self.inputs)
+        return triton_packed.lay_out(
+            self.packed.to(DEVICE), self.scales.to(DEVICE), zeros, self.bits, self.group, self.inputs
+        )
 
 
 def inputs_of(tokens: int, width: int, dtype: torch.dtype, seed: int = 9) -> torch.Tensor:
@@ -145,9 +148,9 @@ def test_the_ptx_makes_numbers_that_are_a_constant_above_the_code(mantissa: int,
 # -- products ------------------------------------------------------------------------------------------------
 
 
-def products(x: torch.Tensor, matrix: gpu.Matrix) -> torch.Tensor:
+def products(x: torch.Tensor, matrix: triton_packed.Matrix) -> torch.Tensor:
     """fp32, before anything is rounded to the dtype of x."""
-    linear = gpu.pack_linear(matrix)
+    linear = triton_packed.pack_linear(matrix)
     tiles = gpu._all_rows(len(x), x.device)
     return gpu._multiply(x, linear.stacks, tiles, 1, linear.rows, parts=1, rows=len(x), experts=1).sum(0)
 
@@ -184,7 +187,7 @@ def test_a_one_bit_scale_that_cannot_be_doubled_in_its_dtype_is_kept_in_fp32():
 def test_a_linear_has_a_bias_and_rounds_once(dtype: torch.dtype):
     known, bias = Known(40, 256, 4, 128), torch.linspace(-1, 1, 40)
     x = inputs_of(6, 256, dtype).view(2, 3, 256)
-    found = gpu.run_linear(x, gpu.pack_linear(known.laid_out(), bias.to(DEVICE)))
+    found = gpu.run_linear(x, triton_packed.pack_linear(known.laid_out(), bias.to(DEVICE)))
     true = x.cpu().double() @ known.weights.T + bias.double()
     assert found.shape == (2, 3, 40) and found.dtype == dtype
     allowed = HALF[dtype] * true.abs() + PRODUCTS * true.abs().max()
@@ -203,7 +206,7 @@ def test_splitting_the_inputs_changes_the_order_of_sums_alone(count: int, monkey
 
 def test_no_tokens():
     known = Known(8, 32, 4, 32)
-    linear = gpu.pack_linear(known.laid_out())
+    linear = triton_packed.pack_linear(known.laid_out())
     assert gpu.run_linear(inputs_of(0, 32, torch.float16), linear).shape == (0, 8)
 
 
@@ -261,9 +264,9 @@ def expert(width: int, hidden: int, bits: tuple[int, int, int], group: int, seed
     return [Known(*shape, b, group, seed=3 * seed + i, **kind) for i, (shape, b) in enumerate(zip(shapes, bits))]
 
 
-def layer_of(experts: Sequence[Any], kind: str, **more: Any) -> gpu.Layer:
+def layer_of(experts: Sequence[Any], kind: str, **more: Any) -> triton_packed.Layer:
     there = [None if known is None else tuple(each.laid_out() for each in known) for known in experts]
-    return gpu.pack_layer(there, kind, **more)
+    return triton_packed.pack_layer(there, kind, **more)
 
 
 def close(found: torch.Tensor, true: torch.Tensor) -> bool:
@@ -272,7 +275,7 @@ def close(found: torch.Tensor, true: torch.Tensor) -> bool:
     return bool((found.cpu().double() - true).abs().max() <= 2 * HALF[found.dtype] * true.abs().max())
 
 
-@pytest.mark.parametrize("kind", gpu.GATES)
+@pytest.mark.parametrize("kind", triton_packed.GATES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_layer_is_the_weighted_sum_of_its_chosen_experts(kind: str, dtype: torch.dtype):
     experts = [expert(64, 96, (4, 4, 4), 32, seed) for seed in range(3)]
@@ -364,11 +367,11 @@ def test_tensors_that_are_no_matrix_are_refused(change: dict[str, Any], message:
     known = Known(4, 64, 4, 32)
     given = {"packed": known.packed, "scales": known.scales, "zeros": known.zeros, "bits": 4, "group": 32, "inputs": 64}
     with pytest.raises(ValueError, match=message):
-        gpu.lay_out(**(given | change))
+        triton_packed.lay_out(**(given | change))
 
 
 def test_inputs_that_do_not_fit_are_refused():
-    linear = gpu.pack_linear(Known(4, 64, 4, 32).laid_out())
+    linear = triton_packed.pack_linear(Known(4, 64, 4, 32).laid_out())
     with pytest.raises(ValueError, match=r"x is torch\.float32"):
         gpu.run_linear(inputs_of(1, 64, torch.float32), linear)
     with pytest.raises(ValueError, match="x has 32 inputs for matrices of 64"):
