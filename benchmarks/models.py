@@ -54,7 +54,11 @@ SHAPES = {
     "peer": Shape(layers=4, hidden=512, experts=32, width=256, top_k=4),
     "large": Shape(layers=8, hidden=1024, experts=64, width=512, top_k=8, heads=16),
 }
-SHAPES |= {f"{name}-deep": replace(shape, layers=2 * shape.layers) for name, shape in SHAPES.items()}
+DEPTHS = (4, 16, 48)
+SHAPES |= {
+    **{f"{name}-deep": replace(shape, layers=2 * shape.layers) for name, shape in SHAPES.items()},
+    **{f"{name}-{layers}": replace(shape, layers=layers) for name, shape in SHAPES.items() for layers in DEPTHS},
+}
 
 
 def checkpoint(name: str, work: Path) -> Path:
