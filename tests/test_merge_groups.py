@@ -23,7 +23,17 @@ from moezip.calibrate.statistics import Array
 from moezip.checkpoint.reader import Checkpoint
 from moezip.errors import PlanError, UsageError
 from moezip.merge import hc_smoe, m_smoe, outputs, sub_moe
-from moezip.merge.clusters import average_linkage, cut, kmeans, lloyd, moves, objective, seeded, square_distances
+from moezip.merge.clusters import (
+    average_linkage,
+    cut,
+    kmeans,
+    lloyd,
+    moves,
+    objective,
+    seeded,
+    square_distances,
+    ward_rises,
+)
 from moezip.merge.hc_smoe import HCSmoeParams
 from moezip.merge.m_smoe import M_SMOE, MSmoeParams
 from moezip.merge.outputs import gram_name, output_gram, output_sums, sums_name
@@ -292,43 +302,51 @@ def test_m_smoe_counts_inside_router_groups() -> None:
     assert m_smoe.counts(facts, stats, 6, MSmoeParams(router="remap")) == {0: 2, 1: 4}
 
 
-def likeness(rows: Mapping[int, Sequence[float]]) -> dict[int, dict[str, Array]]:
-    """Layers of three experts: the cosines of 0 and 1, 0 and 2, 1 and 2."""
-    found = {}
-    for layer, (ab, ac, bc) in rows.items():
-        gram = np.array([[1, ab, ac], [ab, 1, bc], [ac, bc, 1.0]])
-        found[layer] = {"counts": np.ones(3), gram_name(0, False): gram}
-    return found
+def lines(*rows: Sequence[float]) -> dict[int, dict[str, Array]]:
+    """Layers whose experts' outputs are these numbers."""
+    return {
+        layer: {"counts": np.ones(len(row)), gram_name(0, False): np.outer(row, row)} for layer, row in enumerate(rows)
+    }
 
 
 def test_sub_moe_counts_by_hand() -> None:
-    # heights: layer 0: .1, then (.2 + .4) / 2 = .3; layer 1: .2, then .5
+    # 0, 1, 5: joining 0 and 1 costs 2 * 0.5^2 = 0.5; then 5 with their centre 2 * 1 / 3 * 4.5^2 = 13.5; together 14
+    # 0, 2, 5: 2 * 1^2 = 2, then 2 * 1 / 3 * 4^2 = 32 / 3; together 38 / 3
     facts = [facts_of(3, top_k=2, layer=layer) for layer in (0, 1)]
-    stats, remap = likeness({0: (0.9, 0.8, 0.6), 1: (0.8, 0.5, 0.5)}), SubMoeParams(router="remap")
-    assert sub_moe.heights(facts[0], stats[0][gram_name(0, False)]) == pytest.approx([0.1, 0.3], rel=EXACT)
-    wanted = {6: (3, 3), 5: (2, 3), 4: (2, 2), 3: (1, 2), 2: (1, 1)}
+    stats, remap = lines((0, 1, 5), (0, 2, 5)), SubMoeParams(router="remap")
+    name = gram_name(0, False)
+    assert sub_moe.heights(facts[0], stats[0][name]) == pytest.approx([1 / 28, 27 / 28], rel=EXACT)
+    assert sub_moe.heights(facts[1], stats[1][name]) == pytest.approx([3 / 19, 16 / 19], rel=EXACT)
+    wanted = {6: (3, 3), 5: (2, 3), 4: (2, 2), 3: (2, 1), 2: (1, 1)}
     for total, (first, second) in wanted.items():
         assert sub_moe.counts(facts, stats, total, remap) == {0: first, 1: second}
+    # outputs ten times as large differ no more
+    larger = lines((0, 10, 50), (0, 2, 5))
+    assert sub_moe.counts(facts, larger, 5, remap) == {0: 2, 1: 3}
     # a router of the output's own rows has to choose two
     assert sub_moe.counts(facts, stats, 4, SubMoeParams()) == {0: 2, 1: 2}
     with pytest.raises(PlanError, match="the routers need 4"):
         sub_moe.counts(facts, stats, 3, SubMoeParams())
-    # outputs ten times as large are as much alike
-    larger = {**stats, 0: {**stats[0], gram_name(0, False): 100 * stats[0][gram_name(0, False)]}}
-    assert sub_moe.counts(facts, larger, 3, remap) == {0: 1, 1: 2}
 
 
 def test_layers_share_with_their_neighbours_alone() -> None:
-    # layers 0 and 1 are far less alike than 2 and 3, yet each pair has 3 of its 6; the fifth layer stands alone
+    # the first merges cost the less, the nearer the second expert is to the first; the second merges cost far more
     facts = [facts_of(3, layer=layer) for layer in range(5)]
-    close, far = (0.99, 0.98, 0.98), (0.2, 0.1, 0.1)
-    stats = likeness({0: far, 1: (0.3, 0.1, 0.1), 2: close, 3: close, 4: far})
-    found = sub_moe.counts(facts, stats, 8, SubMoeParams(router="remap"))
-    # 8 * 6 / 15 = 3.2, 3.2 and 1.6; of the remaining one the first pair has the benefit
-    assert (found[0] + found[1], found[2] + found[3], found[4]) == (4, 3, 1)
-    assert sum(sub_moe.counts(facts, stats, 8, SubMoeParams(router="remap", layers=5)).values()) == 8
-    # all five together: the ten merges lie at .01, .02 (layers 2, 3), .7, .8, .8, and .9 in the end
-    assert sub_moe.counts(facts, stats, 11, SubMoeParams(router="remap", layers=5)) == {0: 3, 1: 3, 2: 1, 3: 1, 4: 3}
+    stats = lines((0, 1, 10), (0, 2, 10), (0, 3, 10), (0, 1.5, 10), (0, 2.5, 10))
+    # 11 * 6 / 15 = 4.4, 4.4 and 2.2: 4, 4 and 2, and the one that is over goes to the first pair. Its one merge is
+    # in layer 0; the second pair has two; layer 4 one
+    found = sub_moe.counts(facts, stats, 11, SubMoeParams(router="remap"))
+    assert found == {0: 2, 1: 3, 2: 2, 3: 2, 4: 2}
+    # all five together have the four cheapest merges, which are not in layer 2
+    found = sub_moe.counts(facts, stats, 11, SubMoeParams(router="remap", layers=5))
+    assert found == {0: 2, 1: 2, 2: 3, 3: 2, 4: 2}
+
+
+def test_rises_add_up_to_the_whole_spread() -> None:
+    points = np.random.default_rng(5).standard_normal((9, 4))
+    rises = ward_rises(points @ points.T)
+    assert (np.diff(rises) >= 0).all()
+    assert rises.sum() == pytest.approx(((points - points.mean(0)) ** 2).sum(), rel=EXACT)
 
 
 def test_shares_are_multiples_of_the_router_groups() -> None:

@@ -86,6 +86,20 @@ def average_linkage(distances: Array) -> Array:
     return np.asarray(linkage(squareform(symmetric, checks=False), "average"), dtype=np.float64)
 
 
+def ward_rises(gram: Array) -> Array:
+    """By how much each of Ward's n - 1 merges raises the k-means objective, ascending; together it is the objective of
+    one cluster. Of points whose inner products are ``gram`` [n, n]."""
+    from scipy.cluster.hierarchy import linkage
+    from scipy.spatial.distance import squareform
+
+    own = np.diag(gram)
+    squares = np.clip(own[:, None] + own[None, :] - gram - gram.T, 0, None)
+    np.fill_diagonal(squares, 0)
+    # scipy's height h of joining n_a and n_b points is sqrt(2 n_a n_b / (n_a + n_b)) times their centres' distance
+    tree = np.asarray(linkage(squareform(np.sqrt(squares), checks=False), "ward"), dtype=np.float64)
+    return tree[:, 2] ** 2 / 2
+
+
 def cut(tree: Array, count: int) -> list[list[int]]:
     """Exactly ``count`` clusters of a dendrogram: its last merges undone. Each ascending, by first members."""
     n = len(tree) + 1

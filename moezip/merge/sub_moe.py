@@ -9,9 +9,11 @@
    default). With rank < 1 the average is projected on the leading directions of the whitened members. The authors
    average neurons as they lie (`--set align=none`); in the order of the dominant expert's, the default, the model lost
    less.
-3. With --scope model, ``layers`` neighbouring layers share their number of clusters. The paper gives no rule; here, as
-   in REAP's reading of it, each layer has a dendrogram (average linkage on 1 - cosine of the Y_i, a scale that layers
-   share), the heights are pooled, and the lowest merges are taken until the number is reached exactly.
+3. With --scope model, ``layers`` neighbouring layers share their number of clusters, so that they may differ. The paper
+   gives no rule. Here each layer has a dendrogram (Ward's: every merge raises the k-means objective least), whose
+   heights are the rises as shares of the layer's whole spread; the heights are pooled, and the lowest merges are taken
+   until the number is reached exactly. (REAP's reading, average linkage on 1 - cosine, left layers with so few experts
+   that the model lost far more than with equal numbers.)
 
 The authors run all experts on all tokens; here that is done on every n-th (`--set every=N`, by default experts / top-k,
 which costs one more forward pass). Clusters lie inside router groups, equally many in each, where there are groups. An
@@ -31,13 +33,12 @@ from moezip.calibrate.record import Record
 from moezip.calibrate.statistics import Array
 from moezip.errors import PlanError, UsageError
 from moezip.merge.clusters import (
-    average_linkage,
-    cosines,
     grouped,
     kmeans,
     least_groups,
     require_finite,
     router_groups,
+    ward_rises,
 )
 from moezip.merge.outputs import gram_name, output_gram, require_every, require_sampled
 from moezip.merge.params import MergeParams, looks
@@ -48,7 +49,8 @@ from moezip.registry import Method
 class SubMoeParams(MergeParams):
     """Attributes:
     every: run all experts on every n-th token; 0 for n = experts / top-k, about one more forward pass.
-    cosine: scale every output to length 1 before clustering.
+    cosine: scale every output to length 1 before clustering; experts with large outputs then merge with others, and the
+        models tried lost far more.
     restarts: seedings of k-means to take the best of. seed: of their random numbers; --seed if not given.
     layers: with --scope model, how many neighbouring layers share their number of experts.
     rank: share of the singular values that merged matrices keep; 1 for all, which is the plain average.
@@ -148,12 +150,12 @@ def shares(blocks: Sequence[Sequence[LayerFacts]], total: int) -> list[int]:
 
 
 def heights(facts: LayerFacts, gram: Array) -> Array:
-    """Ascending heights of a layer's merges; with router groups the j-th merges of all groups together."""
+    """What each of a layer's merges adds to the k-means objective, as a share of the layer's whole spread, ascending;
+    with router groups the j-th merges of all groups together."""
     total = np.zeros(facts.experts // facts.groups - 1)
     for inside in router_groups(facts):
-        part = gram[inside.start : inside.stop, inside.start : inside.stop]
-        total += average_linkage(1 - cosines(part))[:, 2]
-    return total / facts.groups
+        total += ward_rises(gram[inside.start : inside.stop, inside.start : inside.stop])
+    return total / max(total.sum(), np.finfo(float).tiny)
 
 
 def score(facts: LayerFacts, stats: Mapping[str, Array], params: SubMoeParams) -> Array:
