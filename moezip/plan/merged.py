@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from moezip.arch.families import identify
+from moezip.arch.layout import tripwire_of
 from moezip.arch.spec import Architecture, Claim, ExpertRole, ExpertTensor
 from moezip.checkpoint.source import Source, TensorSpec
 from moezip.errors import CheckpointError, PlanError
@@ -148,7 +149,10 @@ class Merged:
         self._stored = identify(self.base.config, source.folder)
         self._picks = {layer.layer: layer.picks for layer in plan.layers}
         self._claims: dict[str, Claim] = {}
+        wire = tripwire_of(self._stored, self.base.config)
         for name in self.base.names():
+            if name == wire:
+                continue
             claim = self._stored.claim(name, self.base.config)
             if claim.layer in self._picks and claim.tensor is not None and self._touches(claim):
                 self._claims[name] = claim
@@ -162,8 +166,6 @@ class Merged:
                 if tensor == claim.tensor
             )
         if not isinstance(claim.tensor, ExpertTensor):
-            return False
-        if claim.expert is not None and claim.expert >= len(self._picks[claim.layer]):  # the tripwire
             return False
         numbers = range(len(self._picks[claim.layer])) if claim.expert is None else (claim.expert,)
         return any(
