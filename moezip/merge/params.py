@@ -8,7 +8,9 @@ from typing import Any
 from moezip.errors import UsageError
 
 ALIGNMENTS = ("none", "weights", "activations")
-COMBINATIONS = ("frequency", "gates", "mean", "least-squares")
+COMBINATIONS = ("frequency", "gates", "mean", "least-squares", "neurons")
+# Those that are solved on the text.
+SOLVED = ("least-squares", "neurons")
 ROUTERS = ("dominant", "sum", "remap")
 REFERENCES = ("dominant", "first")
 
@@ -24,12 +26,14 @@ class MergeParams:
             published it.
         projection: random projections that stand for a neuron's weights where experts are wider than 4,096.
         combine: the merged weights: an average by ``frequency`` (tokens routed), by ``gates`` (sum of gate weights),
-            the plain ``mean``, or ``least-squares`` (least error of the routed outputs on the text).
+            the plain ``mean``, or ``least-squares`` (least error of the routed outputs on the text), or ``neurons``
+            (those of the members' that together explain the outputs best, with the down projection of least error).
         router: the merged expert's row: that of its ``dominant`` member; one fitted to the ``sum`` of the members'
             scores; or ``remap``: all rows stay and any member's row leads to the merged expert, which only moezip
             reads.
         price: predict the rise of the loss, which takes a backward pass over the text.
-        ridge: least squares: how strongly solutions hold on to the average, as a share of the mean diagonal.
+        ridge: least-squares, neurons, sum: how strongly solutions hold on to the average, as a share of the inputs'
+            mean square.
     """
 
     align: str = "weights"
@@ -49,6 +53,11 @@ class MergeParams:
             raise UsageError("neurons need at least 1 projection", where=f"--set projection={self.projection}")
         if not self.ridge > 0:
             raise UsageError("the ridge must be above 0", where=f"--set ridge={self.ridge:g}")
+        if self.combine in SOLVED and getattr(self, "rank", 1.0) < 1:
+            raise UsageError(
+                f"a rank below 1 cuts averages, and combine={self.combine} makes none",
+                where=f"--set combine={self.combine}", next="use --set combine=frequency, gates or mean with it",
+            )  # fmt: skip
 
 
 def require_one_of(key: str, value: str, known: tuple[str, ...]) -> None:
@@ -60,4 +69,5 @@ def require_one_of(key: str, value: str, known: tuple[str, ...]) -> None:
 
 def looks(params: Any) -> bool:
     """Whether the common stages need the layers' inputs with these settings."""
-    return bool(params.align == "activations" or params.combine == "least-squares" or params.router == "sum")
+    solved = params.combine in SOLVED or getattr(params, "rank", 1.0) < 1
+    return bool(params.align == "activations" or solved or params.router == "sum")

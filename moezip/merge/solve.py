@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moezip.merge.align import orders
+from moezip.merge.combine import combined
 from moezip.merge.layer import Merge, MergeLayer, averages
 from moezip.plan.plan import RouterForm
 
@@ -14,4 +15,5 @@ FORMS: dict[str, RouterForm] = {"dominant": "kept", "sum": "fitted", "remap": "r
 def merge(layer: MergeLayer, params: Any) -> Merge:
     """One layer's output experts and router, with the settings of ``moezip.merge.params.MergeParams``."""
     found = Merge(averages(layer.groups, layer.usage(params.combine), orders(layer, params)), FORMS[params.router])
+    found.notes += combined(layer, params, found)
     return found
