@@ -139,7 +139,7 @@ def show_outcome(outcome: Outcome, out: Path, as_json: bool, quiet: bool) -> Non
     console.pairs(
         str(out),
         {
-            "experts": f"{_span(report.experts_after)} of {_span(report.experts_before)} "
+            "experts": f"{_span(report.experts_after)} {'made of' if outcome.plan.merges else 'of'} {_span(report.experts_before)} "
             f"in each of {len(report.experts_after)} layers",
             "size": f"{console.size(report.bytes_before)} to {console.size(report.bytes_after)} "
             f"({report.bytes_after / report.bytes_before:.0%}), {report.bits_per_weight:.2f} bits per weight",
@@ -157,7 +157,7 @@ def show_outcome(outcome: Outcome, out: Path, as_json: bool, quiet: bool) -> Non
     )
     for note in report.notes:
         console.say(f"note: {note}")
-    say_unrouted(dict(report.unrouted))
+    say_unrouted(dict(report.unrouted), "weigh nothing in an average" if outcome.plan.merges else "rank last")
     console.say(f"measure it: moezip evaluate {quote(str(out))} --against {quote(report.source)} --data PATH")
 
 
@@ -235,10 +235,10 @@ def show_factors(factors: Mapping[str, Any]) -> str:
     return "; ".join(parts) + ", from measured probes"
 
 
-def say_unrouted(unrouted: dict[str, int]) -> None:
+def say_unrouted(unrouted: dict[str, int], so: str = "rank last") -> None:
     if unrouted:
         console.say(
-            f"{sum(unrouted.values())} experts in {len(unrouted)} layers saw no token; they rank last. "
+            f"{sum(unrouted.values())} experts in {len(unrouted)} layers saw no token; they {so}. "
             "More or wider text would tell them apart."
         )
 
