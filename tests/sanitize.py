@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from moezip import kernels
-from moezip.kernels import build
+from moezip.kernels import build, products
 from moezip.kernels.native import Native
+from tests import test_packed_kernels as packed
 from tests.test_kernels import SHAPES, dyadic, weights
 
 FLAGS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
@@ -54,7 +55,34 @@ def exercise(library: Native) -> int:
         problem["weight"], problem["factor"], problem["groups"], problem["scales"], problem["scales"], 3,
         problem["order"], 2,
     )  # fmt: skip
-    return calls + 1
+    return calls + 1 + exercise_products(library)
+
+
+def exercise_products(library: Native) -> int:
+    """The same for the kernels that run packed models."""
+    calls = 0
+    for number, (rows, columns, group) in enumerate(packed.SHAPES):
+        for bits in range(1, 9):
+            laid = packed.case(library, rows, columns, group, bits, packed.KINDS[(number + bits) % 4]).laid
+            products.codes(laid, threads=3, library=library)
+            for dtype in ("float32", "bfloat16"):
+                products.plain(laid, dtype=dtype, threads=3, library=library)
+            for tokens in (1, 2, 5, 9):
+                x = np.ones((tokens, columns), np.float32)
+                for given in (x, packed.rounded(x)):
+                    products.linear(laid, given, threads=3, library=library)
+                    products.linear(laid, given, activations="int8", threads=3, library=library)
+                    calls += 2
+            calls += 4
+    table, _ = packed.layer(library)
+    for tokens in (1, 5, 33):
+        x, ids, chosen = packed.routed(tokens)
+        for given in (x, packed.rounded(x)):
+            for gate in products.GATES:
+                table.run(given, ids, chosen, gate, threads=1)
+                table.run(given, ids, chosen, gate, activations="int8", threads=3)
+                calls += 2
+    return calls
 
 
 def main() -> int:

@@ -25,6 +25,7 @@ from moezip.errors import MoezipError
 from moezip.export.compressed_tensors import quantization_config
 from moezip.export.verify import verify
 from moezip.formats.packed import PACKED, SCALE, SHAPE, STEP, ZERO, Codes, Grid, decode, dequantize, encode
+from moezip.kernels import products
 from moezip.pipeline.common import opened
 from moezip.pipeline.items import Item, items_of
 from moezip.plan.packed import Packed as PackedView
@@ -133,12 +134,21 @@ def streamed(folder: Path, rows: Any, implementation: str) -> list[torch.Tensor]
     return [stream.logits(rows, states, i, torch.arange(rows.ids.shape[1])) for i in range(len(rows.ids))]
 
 
+@pytest.fixture
+def by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices stay as on disk and are decoded by torch, as where there is no C++ library: then bits are the same ones.
+    ``test_packed_kernels`` has the kernels."""
+    monkeypatch.setattr(products, "available", lambda: False)
+
+
 # -- the same model -----------------------------------------------------------------------------------------
 
 
 @families
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_loaded_is_streamed_through_the_decoded_view(name: str, dtype: str, tiny: Tiny, tmp_path: Path) -> None:
+def test_loaded_is_streamed_through_the_decoded_view(
+    name: str, dtype: str, tiny: Tiny, tmp_path: Path, by_torch: None
+) -> None:
     """Any mix of widths and grids over layers with different numbers of experts of different widths."""
     folder, rows = packed(tiny(name, dtype=dtype), tmp_path), plain_rows()
     grids = packing_of(json.loads((folder / "config.json").read_text()))
@@ -194,7 +204,7 @@ def test_what_is_not_packed_stays_what_it_was(tiny: Tiny, tmp_path: Path) -> Non
     assert type(two.model.layers[0].mlp.experts) is PackedExperts
 
 
-def test_a_dtype_changes_what_is_computed_and_not_what_is_stored(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_dtype_changes_what_is_computed_and_not_what_is_stored(tiny: Tiny, tmp_path: Path, by_torch: None) -> None:
     folder = packed(tiny("qwen3_moe", dtype="bfloat16"), tmp_path)
     stored = load_file(folder / "model.safetensors")
     for model in (load(folder, dtype=torch.float32), load(folder).to(torch.float16).to(torch.float32)):
@@ -366,7 +376,7 @@ def foreign(folder: Path, out: Path, choose: Callable[[list[Item]], dict[str, Gr
 
 
 @pytest.mark.parametrize("name", PUBLISHED_APART)
-def test_compressed_tensors_load_packed(name: str, tiny: Tiny, tmp_path: Path) -> None:
+def test_compressed_tensors_load_packed(name: str, tiny: Tiny, tmp_path: Path, by_torch: None) -> None:
     def differ(items: list[Item]) -> dict[str, Grid]:
         last = max(item.layer for item in items if item.expert is not None and item.layer is not None)
         return {item.name: Grid(3 if item.expert is not None and item.layer == last else 4, 8)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 SHRINK = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.82, 0.79, 0.76, 0.73, 0.7, 0.66, 0.62, 0.58, 0.54, 0.5)
 
 # What doing without the C++ library costs (benchmarks/native.py, one expert matrix of 768 x 2048).
-COST = "quantization takes several times as long"
+COST = "quantization takes several times as long, and packed models run many times slower"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -25,12 +25,13 @@ LIBRARY = "moezip_kernels.so"
 # Products and sums are fused only where the code says so; errno and traps of the arithmetic are not looked at.
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
          "-fno-trapping-math")  # fmt: skip
-_AVX512 = ("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512")
+_AVX2 = ("-mavx2", "-mfma", "-mbmi2")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512")
 VARIANTS: dict[str, tuple[str, ...]] = {
     "baseline": (),
-    "avx2": ("-mavx2", "-mfma"),
+    "avx2": _AVX2,
     "avx512": _AVX512,
-    "avx512bf16": (*_AVX512, "-mavx512bf16"),
+    "avx512bf16": (*_AVX512, "-mavx512bf16", "-mavx512vnni"),
 }
 
 
@@ -93,6 +94,7 @@ def build(target: Path, extra: Sequence[str] = ()) -> None:
     """
     tool = compiler()
     define = [f'-DMOEZIP_SOURCE="{fingerprint()}"', *(["-DMOEZIP_X86"] if on_x86() else [])]
+    linked = ["-ldl"] if sys.platform == "linux" else []
     runtime = ["-static-libstdc++", "-static-libgcc"] if sys.platform == "linux" and not extra else []
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +109,7 @@ def build(target: Path, extra: Sequence[str] = ()) -> None:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 list(pool.map(_run, jobs))
             objects = sorted(work.glob("*.o"))
-            _run([tool, "-shared", *runtime, *extra, *objects, "-o", work / "library", "-pthread"])
+            _run([tool, "-shared", *runtime, *extra, *objects, "-o", work / "library", "-pthread", *linked])
             os.replace(work / "library", target)
     except OSError as error:
         raise BuildError(f"{error.strerror or error}: {error.filename or target}") from error

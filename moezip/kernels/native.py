@@ -30,8 +30,14 @@ _ARGUMENTS = {
     "moezip_unpack": "ii pll i l p",
     "moezip_dequantize": "ii pll pp lil pp",
     "moezip_moment": "ii ppp ll p",
+    "moezip_relay": "ii plll li p",
+    "moezip_unrelay": "ii plll i p",
+    "moezip_plain": "ii p ip",
+    "moezip_linear": "ii p i pil p",
+    "moezip_experts": "ii pll iiff pill pp p",
 }
 _FAILURES = {1: "out of memory in a kernel"}
+_NO_EXPERT = 4
 _NOT_DEFINITE = 3
 
 
@@ -212,6 +218,45 @@ class Native:
             "moezip_moment", threads, None if halves else _at(x), _at(x) if halves else None, _at(weights),
             *x.shape, _at(out),
         )  # fmt: skip
+
+    def relay(
+        self, packed: NDArray[np.int32], columns: int, groups: int, bits: int, codes: Bytes, threads: int
+    ) -> None:
+        """Fills ``codes``, as ``products.Laid`` holds them."""
+        self._call("moezip_relay", threads, _at(packed), *packed.shape, columns, groups, bits, _at(codes))
+
+    def unrelay(self, codes: Bytes, rows: int, columns: int, groups: int, bits: int, threads: int) -> Bytes:
+        found = np.empty((rows, columns), np.uint8)
+        self._call("moezip_unrelay", threads, _at(codes), rows, columns, groups, bits, _at(found))
+        return found
+
+    def plain(self, matrix: NDArray[np.int64], dtype: int, out: NDArray, threads: int) -> None:
+        self._call("moezip_plain", threads, _at(matrix), dtype, _at(out))
+
+    def linear(self, matrix: int, path: int, x: int, dtype: int, tokens: int, out: int, threads: int) -> None:
+        """``matrix``, ``x``, ``out``: addresses."""
+        self._call("moezip_linear", threads, matrix, path, x, dtype, tokens, out)
+
+    def experts(
+        self,
+        table: int,
+        count: int,
+        top_k: int,
+        path: int,
+        gate: tuple[int, float, float],
+        x: tuple[int, int, int, int],
+        ids: int,
+        weights: int,
+        out: int,
+        threads: int,
+    ) -> None:
+        """Addresses; ``x``: address, dtype, tokens, hidden size."""
+        failed = self._library.moezip_experts(
+            self._set, threads, table, count, top_k, path, *gate, *x, ids, weights, out
+        )  # fmt: skip
+        if failed == _NO_EXPERT:
+            raise ValueError(f"a token was sent to an expert beyond the last of {count}")
+        _require(failed)
 
 
 def _require(failed: int) -> None:

@@ -5,18 +5,25 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moezip.kernels import SHRINK, Status, reference
+from moezip.kernels import SHRINK, Status, products, products_reference, reference
 
 # Sums of products in another order, in fp32.
 SUMS = 1e-4
+# Results rounded to bf16, and activations to whole numbers, where a tie may go either way.
+ROUNDED = 5e-3
 # A weight within rounding of half a step may go the other way, and its row follows: one row of five at most.
 CODES = 0.25
 LOSS = 1e-2
+
+
+def _floats(x: np.ndarray) -> np.ndarray:
+    return (x.astype(np.uint32) << 16).view(np.float32) if x.dtype == np.uint16 else x
 
 
 def _problem(rows: int, columns: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -91,10 +98,53 @@ def checks(native: Any, rows: int, columns: int, widths: Iterable[int], threads:
 
         return agree
 
+    def products_agree(bits: int) -> bool:
+        codes = chance.integers(0, 2**bits, (rows, columns)).astype(np.uint8)
+        scales = (0.01 + 0.01 * chance.random((rows, columns // group))).astype(np.float32)
+        laid = products.lay(
+            reference.pack(codes, bits, 1), scales, None, columns, bits, "F32", threads=threads, library=native
+        )
+        if not np.array_equal(laid.codes, products_reference.relay(codes, laid.groups, bits)):
+            return False
+        plain = products_reference.weights(codes, scales, None, bits)
+        for tokens in (1, 3):
+            whole = products_reference.whole_numbers(inputs[:tokens].astype(np.float64), laid.groups)
+            given = (inputs[:tokens], "exact", SUMS), (halves[:tokens], "exact", ROUNDED), (whole, "int8", ROUNDED)
+            for x, activations, near in given:
+                x = x.astype(np.float32) if x.dtype == np.float64 else x
+                found = products.linear(laid, x, activations=activations, threads=threads, library=native)  # type: ignore[arg-type]
+                true = _floats(x).astype(np.float64) @ plain.T
+                if not np.abs(_floats(found) - true).max() <= near * np.abs(true).max():
+                    return False
+        return True
+
+    def layer_agrees() -> bool:
+        shapes = ((rows, columns), (rows, columns), (columns, rows))
+        codes = [chance.integers(0, 8, shape).astype(np.uint8) for shape in shapes]
+        scales = [np.full((len(each), 1), 0.05, np.float32) for each in codes]
+        laid = [
+            products.lay(reference.pack(each, 3, 1), by, None, each.shape[1], 3, "F32", library=native)
+            for each, by in zip(codes, scales, strict=True)
+        ]
+        plain: Any = tuple(
+            (products_reference.weights(each, by, None, 3), np.zeros(len(each)))
+            for each, by in zip(codes, scales, strict=True)
+        )
+        table = products.Experts([None, (laid[0], laid[1], laid[2])], columns, library=native)
+        ids = np.array([[1, 0], [0, -1], [-1, 1]])
+        gates = np.array([[0.5, 0.5], [1, 0], [0.3, 0.7]], np.float32)
+        found = table.run(inputs[:3], ids, gates, "silu", threads=threads)
+        given = inputs[:3].astype(np.float64), ids, gates.astype(np.float64)
+        true = products_reference.experts([None, plain], *given, ("silu", 1.0, 0.0))
+        return bool(np.abs(found - true).max() <= SUMS * np.abs(true).max())
+
+    chance = np.random.default_rng(3)
     yield "factor", factor_agrees
     yield "descent", lambda: descent_agrees(3, "F16") and descent_agrees(1, "BF16") and descent_agrees(2, None)
     for bits in widths:
         yield f"{bits} bits", at(bits, symmetric=bits % 2 == 1)
+        yield f"products at {bits} bits", partial(products_agree, bits)
+    yield "products of a layer", layer_agrees
     yield "second moment", lambda: moment(inputs, None)
     yield "second moment, weighted", lambda: moment(inputs, token_weights)
     yield "second moment of bf16", lambda: moment(halves, None)

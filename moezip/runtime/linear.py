@@ -1,7 +1,8 @@
 """Matrices that stay packed in memory, and the modules that multiply by them.
 
-``packed_linear`` and ``packed_rows`` are the two places where a product with packed codes is computed: one decodes a
-matrix with torch, multiplies and forgets it. Whatever is faster goes there, and nowhere else.
+On the CPU they are laid out for the C++ kernels once, and multiplied as they are (``moezip.runtime.fast``). Where that
+cannot be, and for so many tokens that torch's own product is faster all in all, one is decoded, multiplied and
+forgotten.
 
 This module imports torch, so it is imported where a model is built and nowhere else.
 """
@@ -9,6 +10,7 @@ This module imports torch, so it is imported where a model is built and nowhere 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from threading import Lock
 from typing import Any
 
 import torch
@@ -18,6 +20,9 @@ from torch import nn
 from moezip.arch.ragged import Matrix, RaggedExperts
 from moezip.formats.packed import PACKED, SHAPE, WORD, ZERO, Grid, check, dequantize, torch_dtype, unpacked, words
 from moezip.formats.stored import CHUNK
+from moezip.kernels import products
+from moezip.runtime import fast
+from moezip.runtime.gates import gate_of
 
 
 def packed_linear(
@@ -37,13 +42,8 @@ def packed_rows(value: torch.Tensor, matrices: Sequence[Packed | Matrix], bias: 
     Gate and up of an expert are multiplied by as one, because that is how they are where nothing is packed, and two
     products may round otherwise.
     """
-    if len(matrices) == 1 and isinstance(matrices[0], Packed):
-        return packed_linear(value, matrices[0].tensors(), matrices[0].grid, bias)
-    weights = [
-        decoded(matrix.tensors(), matrix.grid, value.dtype) if isinstance(matrix, Packed) else matrix.weight
-        for matrix in matrices
-    ]
-    return F.linear(value, torch.cat(weights), bias)
+    weights = [matrix.decoded(value.dtype) if isinstance(matrix, Packed) else matrix.weight for matrix in matrices]
+    return F.linear(value, weights[0] if len(weights) == 1 else torch.cat(weights), bias)
 
 
 def decoded(tensors: Mapping[str, torch.Tensor], grid: Grid, dtype: torch.dtype) -> torch.Tensor:
@@ -63,10 +63,15 @@ def decoded(tensors: Mapping[str, torch.Tensor], grid: Grid, dtype: torch.dtype)
     return whole
 
 
-class Packed(nn.Module):
-    """Holds one matrix [R, C] as packed codes, in buffers named as on disk, and one ``bias`` [R] or None.
+_laying_out = Lock()
 
-    The buffers keep their dtypes whatever the module is cast to: the scales say what the codes stand for.
+
+class Packed(nn.Module):
+    """Holds one matrix [R, C] as packed codes, and one ``bias`` [R] or None.
+
+    The codes are in buffers named as on disk, or, once they were laid out for the kernels, there alone; a
+    ``state_dict`` has them as on disk in both cases. They keep their dtypes whatever the module is cast to: the scales
+    say what the codes stand for.
 
     Args:
         grid: of the codes. rows, columns: R, C.
@@ -75,10 +80,13 @@ class Packed(nn.Module):
     """
 
     bias: nn.Parameter | None
+    # What products round activations to: "exact", or "int8" (``moezip.kernels.products``).
+    activations: products.Activations = "exact"
 
     def __init__(self, grid: Grid, rows: int, columns: int, bias: nn.Parameter | None, device: torch.device):
         super().__init__()
         self.grid, self.rows, self.columns = grid, rows, columns
+        self.matrix: products.Linear | None = None
         for suffix, (dtype, shape) in grid.specs(rows, columns).items():
             self.register_buffer(suffix, torch.empty(shape, dtype=torch_dtype(dtype), device=device))
         self.register_parameter("bias", bias)
@@ -88,13 +96,52 @@ class Packed(nn.Module):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The stored tensors by suffix."""
+        if self.matrix is not None:
+            return fast.stored(self.matrix.laid, self.grid)
         return {suffix: buffer for suffix, buffer in self._buffers.items() if buffer is not None}
+
+    def decoded(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weights [R, C]."""
+        if self.matrix is not None:
+            return fast.weight(self.matrix.laid, dtype)
+        return decoded(self.tensors(), self.grid, dtype)
 
     def require_sound(self, where: str) -> None:
         """Raises CheckpointError if the stored tensors cannot be those of this matrix."""
         check(self.tensors(), self.grid, where)
 
+    # -- the kernels' layout ----------------------------------------------------------------------------------
+
+    def lay_out(self) -> bool:
+        """Brings the codes into the layout of the kernels, if these can run; whether it did, now or before."""
+        with _laying_out:  # several threads may run the model first; one of them lays out
+            if self.matrix is None:
+                laid = fast.laid_out(self.tensors(), self.grid, self.bias)
+                if laid is None:
+                    return False
+                self.matrix = products.Linear(laid)
+                for suffix in self._buffers:
+                    self._buffers[suffix] = None
+        return True
+
+    def _take_back(self) -> None:
+        """The inverse."""
+        if self.matrix is not None:
+            for suffix, tensor in self.tensors().items():
+                self._buffers[suffix] = tensor
+            self.matrix = None
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        if self.matrix is not None:
+            destination.update({prefix + suffix: tensor for suffix, tensor in self.tensors().items()})
+
+    def _load_from_state_dict(self, *given: Any) -> None:
+        self._take_back()
+        super()._load_from_state_dict(*given)  # type: ignore[no-untyped-call]
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Packed:
+        self._take_back()
         before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
@@ -117,11 +164,132 @@ class PackedLinear(Packed):
 
     def forward(self, value: torch.Tensor) -> torch.Tensor:
         """``value`` [..., C] to [..., R]."""
-        return packed_linear(value, self.tensors(), self.grid, self.bias)
+        if torch.compiler.is_compiling():
+            result: torch.Tensor = fast.packed_linear_op(value, fast.number_of(self), self.rows)
+            return result
+        return self.run(value)
+
+    def run(self, value: torch.Tensor) -> torch.Tensor:
+        """As ``forward``, whoever calls."""
+        if (self.matrix is not None or self.lay_out()) and fast.can_run(value):
+            tokens = value.numel() // self.columns
+            if self.activations == "int8" or tokens < fast.CROSSOVER.get(value.dtype, tokens + 1):
+                assert self.matrix is not None
+                return fast.linear(self.matrix, value, self.activations)
+        return packed_rows(value, [self], self.bias)
 
 
 class PackedExperts(RaggedExperts):
-    """``RaggedExperts`` some of whose matrices are ``Packed``; they are decoded one expert at a time."""
+    """``RaggedExperts`` some of whose matrices are ``Packed``.
+
+    Those of an expert whose matrices all are run on the kernels, all in one call. Others, and those that get so many
+    tokens that torch's own product is faster, are decoded one expert at a time.
+    """
+
+    activations: products.Activations = "exact"
+
+    def __init__(self, stock: Any, *given: Any, **kind: Any):
+        super().__init__(stock, *given, **kind)
+        self._gate = gate_of(stock)
+        self._table: products.Experts | None = None
+        self._apart: frozenset[int] = frozenset()  # experts that the table has not
+
+    def lay_out(self) -> bool:
+        """Lays out all matrices; whether there is a table to run on, now or before."""
+        if self._table is not None:
+            return True
+        packed = [module for module in self.modules() if isinstance(module, Packed)]
+        if not packed or not all([module.lay_out() for module in packed]):
+            return False
+        if self._gate is None:
+            fast.tell(f"the kernels do not know how {type(self._gating).__name__} joins gate and up")
+            return False
+        with _laying_out:
+            if self._table is None:
+                self._make_table()
+        return self._table is not None
+
+    def _make_table(self) -> None:
+        every: list[Any] = []
+        constants: list[Any] = []
+        apart = []
+        for expert, width in enumerate(self.widths):
+            matrices = [self.matrix(expert, role) for role in ("gate", "up", "down")] if width else []
+            whole = bool(width) and all(isinstance(matrix, Packed) for matrix in matrices)
+            every.append(tuple(matrix.matrix.laid for matrix in matrices) if whole else None)
+            constant = None if width or not self.has_bias else self.matrix(expert, "down").bias
+            constants.append(None if constant is None else constant.detach().float().contiguous().numpy())
+            if width and not whole:
+                apart.append(expert)
+        try:
+            self._table = products.Experts(every, self.hidden_dim, constants)
+        except ValueError as error:
+            fast.tell(str(error))
+            return
+        self._apart = frozenset(apart)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PackedExperts:
+        self._table = None
+        super()._apply(fn, recurse)
+        return self
+
+    def _load_from_state_dict(self, *given: Any) -> None:
+        self._table = None
+        super()._load_from_state_dict(*given)  # type: ignore[no-untyped-call]
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """As of ``RaggedExperts``; what is rounded in between is fp32 here."""
+        if torch.compiler.is_compiling():
+            result: torch.Tensor = fast.packed_experts_op(
+                hidden_states, top_k_index, top_k_weights, fast.number_of(self)
+            )
+            return result
+        return self.run(hidden_states, top_k_index, top_k_weights)
+
+    def run(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        """As ``forward``, whoever calls."""
+        watched = any(name.startswith("_moezip_") and name != "_moezip_number" for name in self.__dict__)
+        if watched or not fast.can_run(hidden_states) or not self.lay_out():
+            return super().forward(hidden_states, top_k_index, top_k_weights)
+        assert self._table is not None and self._gate is not None
+        apart = self._apart | self._crowded(top_k_index, hidden_states.dtype)
+        ids = top_k_index
+        if apart:
+            others = torch.isin(ids, torch.tensor(sorted(apart), dtype=ids.dtype))
+            ids = ids.masked_fill(others, -1)
+        result = fast.experts(self._table, hidden_states, ids, top_k_weights, self._gate, self.activations)
+        return self._add_decoded(result, apart, hidden_states, top_k_index, top_k_weights)
+
+    def _crowded(self, ids: torch.Tensor, dtype: torch.dtype) -> frozenset[int]:
+        """Experts with so many tokens that they are faster decoded."""
+        most = fast.CROSSOVER.get(dtype)
+        if most is None or self.activations == "int8" or ids.shape[0] < most:
+            return frozenset()
+        counts = torch.bincount(ids.flatten(), minlength=self.num_experts)[: self.num_experts].tolist()
+        return frozenset(e for e, count in enumerate(counts) if count >= most and self.widths[e])
+
+    def _add_decoded(
+        self,
+        result: torch.Tensor,
+        apart: frozenset[int],
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """``result`` and what the experts ``apart`` make of their tokens."""
+        if not apart:
+            return result
+        total = result.float()
+        for expert in sorted(apart):
+            token, place = torch.where(top_k_index == expert)
+            if not len(token):
+                continue
+            inner = self._apply_gate(self.expert_linear("gate_up_proj", expert, hidden_states[token]))
+            out = self.expert_linear("down_proj", expert, inner)
+            total.index_add_(0, token, out.float() * top_k_weights[token, place, None].float())
+        return total.to(result.dtype)
 
     def expert_linear(self, name: str, expert: int, value: torch.Tensor) -> torch.Tensor:
         if not self.widths[expert]:

@@ -8,7 +8,7 @@
 
 namespace moezip {
 
-enum { OK = 0, NO_MEMORY = 1, NO_THREAD = 2, NOT_DEFINITE = 3 };
+enum { OK = 0, NO_MEMORY = 1, NO_THREAD = 2, NOT_DEFINITE = 3, NO_EXPERT = 4 };
 
 // How the scales of a group are searched; see clip_search in kernels/__init__.py.
 struct Search {
@@ -92,6 +92,63 @@ struct Moment {
   float* right;         // not weighted; the same memory where there are no weights
 };
 
+// -- products with packed matrices --------------------------------------------------------------------------------
+//
+// Layout of a packed matrix at run time. Rows come in blocks of 16, filled up with rows of zeros; columns in units of
+// 32, all of one group, where a group that is no multiple of 32 is filled up with columns that meet activations of 0. A
+// unit of a block is `bits` lines of 64 bytes, 4 for each row: the code's highest 4 bits in 4 lines if the width has a
+// 4, its next 2 in 2 lines if it has a 2, its lowest in one if it has a 1; 8 bits are 8 lines. Byte b of a row's word
+// holds columns 8 b to 8 b + 7 of the unit, in the order of lines and, within a line, from the lowest bit up. So column
+// s + 8 b is at the same place of every byte b: one shift brings up four columns, or two for lanes of 16 bits.
+constexpr int64_t BLOCK_ROWS = 16, UNIT = 32, LINE = 64;
+
+enum { SCALE_F16 = 0, SCALE_BF16 = 1, SCALE_F32 = 2, SCALE_U8 = 3 };
+enum { F32 = 0, BF16 = 1 };
+// What activations are in a product: fp32; bf16 as it is; or whole numbers of 8 bits with a step for each unit.
+enum { FLOATS = 0, HALVES = 1, BYTES = 2 };
+
+// Eleven numbers each, as kernels/native.py lays them down.
+struct Matrix {
+  int64_t codes;   // address, [blocks, units, bits, 16] words
+  int64_t scales;  // address, [blocks, groups, 16]
+  int64_t zeros;   // address of uint8 [blocks, groups, 16]; 0: all are 2^(bits - 1), at one bit 1/2
+  int64_t steps;   // address of fp32 [16 blocks], what U8 scales count; else 0
+  int64_t bias;    // address of fp32 [16 blocks] or 0
+  int64_t rows, columns, groups, bits, kind;
+  int64_t layout;  // matrices of one layout take the same prepared activations
+};
+
+// One token's activations as products read them.
+struct Token {
+  const uint32_t* values;  // by unit: 32 floats, 16 words of bf16 (columns p and p + 16), or 8 of bytes (s + 8 b)
+  const float* sums;       // by unit: of what `values` stands for
+  const float* steps;      // by unit: of bytes
+};
+
+struct Prepare {
+  const void* from;  // [tokens, stride], of which `columns` are read
+  int dtype, path;
+  int64_t columns, groups;
+  int64_t stride;       // elements from token to token
+  uint32_t* values;     // [tokens, pitch]
+  float *sums, *steps;  // [tokens, units]
+  int64_t pitch, units;
+};
+
+struct Relay {
+  const int32_t* packed;  // [rows, words], or what to decode into ...
+  int64_t rows, words, columns, groups;
+  int bits;
+  uint32_t* codes;   // the layout
+  uint8_t* plain;    // [rows, columns]
+};
+
+struct Plain {
+  Matrix matrix;
+  int dtype;
+  void* out;  // [columns, rows]
+};
+
 // Functions over rows take [first, last); they return OK or NO_MEMORY.
 struct Kernels {
   const char* name;
@@ -108,6 +165,14 @@ struct Kernels {
   int (*dequantize)(const Codes&, int64_t first, int64_t last);
   int (*moment_panel)(const Moment&, int64_t first, int64_t last);  // panels
   int (*moment_block)(const Moment&, int64_t first, int64_t last);  // rows of blocks, by panel
+  bool halves, bytes;  // are there products of bf16 as it is, and of whole numbers
+  int tokens_at_once;  // most tokens of one call of product, a power of two; the others are its smaller ones
+  void (*prepare)(const Prepare&, int64_t first, int64_t last);  // tokens
+  void (*product)(const Matrix&, int path, int tokens, int64_t block, const Token*, float* out);  // out [tokens, 16]
+  void (*gate)(int activation, float alpha, float limit, float* gate, const float* up, int64_t count);
+  int (*relay)(const Relay&, int64_t first, int64_t last);    // blocks
+  int (*unrelay)(const Relay&, int64_t first, int64_t last);  // blocks
+  int (*plain)(const Plain&, int64_t first, int64_t last);      // pairs of blocks
 };
 
 }  // namespace moezip

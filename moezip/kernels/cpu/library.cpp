@@ -5,8 +5,11 @@
 // definite. Arguments are not checked here.
 #include "kernels.h"
 
+#include <dlfcn.h>
+
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <exception>
 #include <new>
 #include <thread>
@@ -37,10 +40,11 @@ static const Kernels* const SETS[] = {&baseline::kernels};
 static int best() {
 #if defined(MOEZIP_X86)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) return 3;
+  if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) return 3;
   if (avx512) return 2;
   if (avx2) return 1;
 #endif
@@ -83,10 +87,50 @@ static int share(int threads, int64_t items, int64_t least, const Work& work) {
   return failed.load();
 }
 
+// The same for the short calls of a running model, by the threads that torch has for its own operations, where it runs
+// on GNU's OpenMP: they are awake, and no others compete with them for the cores. Else by new threads.
+template <class Work>
+static int together(int threads, int64_t items, int64_t least, const Work& work) {
+  typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);
+  if (threads <= 1 || items <= least) return items > 0 ? work(0, items) : (int)OK;
+  static std::atomic<Parallel> known{nullptr};
+  Parallel parallel = known.load(std::memory_order_relaxed);
+  if (!parallel) {
+    parallel = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    known.store(parallel, std::memory_order_relaxed);
+  }
+  if (!parallel) return share(threads, items, least, work);
+  const int64_t most = (items + least - 1) / least;
+  if (threads > most) threads = (int)most;
+  struct Shared {
+    const Work& work;
+    int64_t items, piece;
+    std::atomic<int64_t> next;
+    std::atomic<int> failed;
+  };
+  int64_t piece = items / (8 * (int64_t)threads);
+  piece = piece < least ? least : piece;
+  Shared shared = {work, items, piece, {0}, {OK}};
+  parallel(
+      [](void* data) {
+        Shared& all = *static_cast<Shared*>(data);
+        for (;;) {
+          const int64_t first = all.next.fetch_add(all.piece);
+          if (first >= all.items || all.failed.load()) return;
+          const int result = all.work(first, first + all.piece < all.items ? first + all.piece : all.items);
+          if (result) all.failed.store(result);
+        }
+      },
+      &shared, (unsigned)threads, 0);
+  return shared.failed.load();
+}
+
 // Rows that are worth a thread of their own when a row costs `columns` cheap steps.
 static int64_t worth(int64_t columns) { return columns > 0 ? (1 << 17) / columns + 1 : 1; }
 
 }  // namespace moezip
+
+#include "run.cpp"
 
 using namespace moezip;
 
@@ -193,4 +237,48 @@ MOEZIP_API int moezip_moment(int set, int threads, const float* values, const ui
   if (weights) free(left);
   free(right);
   return result;
+}
+
+MOEZIP_API int moezip_relay(int set, int threads, const int32_t* packed, int64_t rows, int64_t words, int64_t columns,
+                            int64_t groups, int bits, uint32_t* codes) {
+  const Relay job = {packed, rows, words, columns, groups, bits, codes, nullptr};
+  const Kernels& use = *SETS[set];
+  return share(threads, (rows + BLOCK_ROWS - 1) / BLOCK_ROWS, worth(columns * BLOCK_ROWS),
+               [&](int64_t first, int64_t last) { return use.relay(job, first, last); });
+}
+
+MOEZIP_API int moezip_unrelay(int set, int threads, uint32_t* codes, int64_t rows, int64_t columns, int64_t groups,
+                              int bits, uint8_t* plain) {
+  const Relay job = {nullptr, rows, 0, columns, groups, bits, codes, plain};
+  const Kernels& use = *SETS[set];
+  return share(threads, (rows + BLOCK_ROWS - 1) / BLOCK_ROWS, worth(columns * BLOCK_ROWS),
+               [&](int64_t first, int64_t last) { return use.unrelay(job, first, last); });
+}
+
+MOEZIP_API int moezip_plain(int set, int threads, const Matrix* matrix, int dtype, void* out) {
+  const Plain job = {*matrix, dtype, out};
+  const Kernels& use = *SETS[set];
+  return together(threads, (blocks_of(*matrix) + 1) / 2, worth(matrix->columns * 2 * BLOCK_ROWS),
+                  [&](int64_t first, int64_t last) { return use.plain(job, first, last); });
+}
+
+MOEZIP_API int moezip_linear(int set, int threads, const Matrix* matrix, int path, const void* x, int dtype,
+                             int64_t tokens, void* out) {
+  try {
+    return linear(*SETS[set], threads, *matrix, path, x, dtype, tokens, out);
+  } catch (const std::bad_alloc&) {
+    return NO_MEMORY;
+  }
+}
+
+MOEZIP_API int moezip_experts(int set, int threads, const Matrix* table, int64_t experts, int64_t top_k, int path,
+                              int activation, float alpha, float limit, const void* x, int dtype, int64_t tokens,
+                              int64_t hidden, const int64_t* ids, const float* weights, void* out) {
+  const Layer job = {reinterpret_cast<const Matrix(*)[3]>(table), experts, top_k, tokens, hidden, path, dtype,
+                     activation, alpha, limit, x, ids, weights, out};
+  try {
+    return moezip::experts(*SETS[set], threads, job);
+  } catch (const std::bad_alloc&) {
+    return NO_MEMORY;
+  }
 }

@@ -37,6 +37,24 @@ typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias
 static inline vec load(const float* from) { return *reinterpret_cast<const loose*>(from); }
 static inline void store(float* to, vec v) { *reinterpret_cast<loose*>(to) = v; }
 
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t loose_words __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t halves_vec __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef uint8_t bytes_vec __attribute__((vector_size(LANES), aligned(1), may_alias));
+
+static inline uvec load_words(const void* from) { return *reinterpret_cast<const loose_words*>(from); }
+static inline void store_words(void* to, uvec v) { *reinterpret_cast<loose_words*>(to) = v; }
+static inline uvec widened(const uint16_t* from) {
+  return __builtin_convertvector(*reinterpret_cast<const halves_vec*>(from), uvec);
+}
+static inline uvec widened(const uint8_t* from) {
+  return __builtin_convertvector(*reinterpret_cast<const bytes_vec*>(from), uvec);
+}
+static inline vec to_floats(uvec whole) { return __builtin_convertvector((ivec)whole, vec); }
+
+// The nearest bf16, ties to even, in the upper half of each lane. NaN is not looked after.
+static inline uvec rounded_halves(vec x) { return ((uvec)x + 0x7FFF + (((uvec)x >> 16) & 1)) & 0xFFFF0000u; }
+
 static inline vec splat(float x) {
 #if defined(__AVX512F__)
   return (vec)_mm512_set1_ps(x);

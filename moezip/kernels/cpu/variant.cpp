@@ -4,6 +4,8 @@
 #include "descent.cpp"
 #include "factor.cpp"
 #include "moment.cpp"
+#include "product.cpp"
+#include "layout.cpp"
 
 namespace moezip {
 namespace MOEZIP_ISA {
@@ -14,7 +16,8 @@ namespace MOEZIP_ISA {
 extern const Kernels kernels;
 const Kernels kernels = {MOEZIP_TEXT(MOEZIP_ISA), TILE,    PANEL, EXACT_HALVES, gptq,   clip,
                          factor,                  descend, round, pack,         unpack, dequantize,
-                         moment_panel,            moment_block};
+                         moment_panel,            moment_block, HALVES_TOO, BYTES_TOO, TOKENS_AT_ONCE, prepare, product,
+                         gate,                    relay,   unrelay, plain};
 
 }  // namespace MOEZIP_ISA
 }  // namespace moezip

@@ -1,0 +1,269 @@
+// Running packed models: one linear layer, or all experts of a layer, in one call. Included by library.cpp.
+//
+// Between the parts of a call every thread waits for all others. The parts share out their work in pieces (share), and
+// no two pieces write to the same place, so the result does not depend on who does what.
+
+namespace moezip {
+
+// Memory of one call, cut into parts.
+struct Scratch {
+  uint8_t* memory = nullptr;
+  size_t used = 0, size;
+  explicit Scratch(size_t bytes) : memory(static_cast<uint8_t*>(aligned_alloc(64, (bytes + 127) / 64 * 64))), size(bytes) {}
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { free(memory); }
+  static size_t rounded(size_t bytes) { return (bytes + 63) / 64 * 64; }
+  template <class T>
+  T* take(size_t count) {
+    T* found = reinterpret_cast<T*>(memory + used);
+    used += rounded(count * sizeof(T));
+    return found;
+  }
+};
+
+static int64_t blocks_of(const Matrix& m) { return (m.rows + BLOCK_ROWS - 1) / BLOCK_ROWS; }
+static int64_t units_of(const Matrix& m) { return m.groups * ((m.columns / m.groups + UNIT - 1) / UNIT); }
+
+// Words of a unit of a prepared token.
+static int64_t unit_words(const Kernels& use, int path) {
+  return path == HALVES ? 16 : path == BYTES && use.bytes ? 8 : 32;
+}
+
+// Activations of some tokens as products read them.
+struct Prepared {
+  int64_t units = 0, pitch = 0;
+  uint32_t* values = nullptr;
+  float *sums = nullptr, *steps = nullptr;
+
+  // An odd number of lines from token to token, so that tokens do not all fall on the same sets of the cache.
+  static int64_t pitch_of(int64_t units, int64_t words) { return (units * words + 31) / 32 * 32 + 16; }
+  static size_t bytes(int64_t units, int64_t words, int64_t tokens) {
+    return Scratch::rounded((size_t)(4 * tokens * pitch_of(units, words))) +
+           2 * Scratch::rounded((size_t)(4 * tokens * units));
+  }
+  Prepared() = default;
+  Prepared(Scratch& scratch, int64_t units, int64_t words, int64_t tokens)
+      : units(units), pitch(pitch_of(units, words)) {
+    values = scratch.take<uint32_t>((size_t)(tokens * pitch));
+    sums = scratch.take<float>((size_t)(tokens * units));
+    steps = scratch.take<float>((size_t)(tokens * units));
+  }
+  Prepare job(const void* from, int dtype, int path, const Matrix& like, int64_t stride) const {
+    return {from, dtype, path, like.columns, like.groups, stride, values, sums, steps, pitch, units};
+  }
+  Token token(int64_t number) const {
+    return {values + number * pitch, sums + number * units, steps + number * units};
+  }
+};
+
+constexpr int MOST_TOKENS = 16;
+
+// Calls take(first, some) over `count` tokens, as many at once as products take.
+template <class Take>
+static void in_products(const Kernels& use, int64_t count, const Take& take) {
+  for (int64_t first = 0; first < count;) {
+    int some = use.tokens_at_once;
+    while (some > count - first) some /= 2;
+    take(first, some);
+    first += some;
+  }
+}
+
+static uint16_t to_half(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return (uint16_t)(bits >> 16 | 0x40);
+  return (uint16_t)((bits + 0x7FFFu + ((bits >> 16) & 1)) >> 16);
+}
+
+static void put(void* out, int dtype, int64_t at, const float* values, int64_t count) {
+  if (dtype == F32) {
+    memcpy(static_cast<float*>(out) + at, values, (size_t)(4 * count));
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) static_cast<uint16_t*>(out)[at + i] = to_half(values[i]);
+}
+
+// Blocks of rows that are worth a thread of their own, where each is multiplied by as many tokens.
+static int64_t least_blocks(int64_t units, int64_t tokens) { return (1 << 14) / (units * (32 + 16 * tokens) + 1) + 1; }
+
+static int linear(const Kernels& use, int threads, const Matrix& m, int path, const void* x, int dtype, int64_t tokens,
+                  void* out) {
+  if (path == HALVES && !use.halves) path = FLOATS;
+  const int64_t units = units_of(m), words = unit_words(use, path);
+  Scratch scratch(Prepared::bytes(units, words, tokens));
+  if (!scratch.memory) return NO_MEMORY;
+  const Prepared prepared(scratch, units, words, tokens);
+  const Prepare job = prepared.job(x, dtype, path, m, m.columns);
+  int result = together(threads, tokens, (1 << 15) / (m.columns + 1) + 1, [&](int64_t first, int64_t last) {
+    use.prepare(job, first, last);
+    return (int)OK;
+  });
+  if (result) return result;
+  return together(threads, blocks_of(m), least_blocks(units, tokens), [&](int64_t first, int64_t last) {
+    alignas(64) float y[MOST_TOKENS * BLOCK_ROWS];
+    Token some_tokens[MOST_TOKENS];
+    for (int64_t block = first; block < last; ++block) {
+      const int64_t row = block * BLOCK_ROWS, rows = m.rows - row < BLOCK_ROWS ? m.rows - row : BLOCK_ROWS;
+      in_products(use, tokens, [&](int64_t from, int some) {
+        for (int t = 0; t < some; ++t) some_tokens[t] = prepared.token(from + t);
+        use.product(m, path, some, block, some_tokens, y);
+        for (int t = 0; t < some; ++t) put(out, dtype, (from + t) * m.rows + row, y + BLOCK_ROWS * t, rows);
+      });
+    }
+    return (int)OK;
+  });
+}
+
+// -- all experts of a layer ---------------------------------------------------------------------------------------
+
+constexpr int MOST_LAYOUTS = 8;
+
+struct Layer {
+  const Matrix (*table)[3];  // [experts]: gate, up, down; an expert without rows is its down bias, or nothing
+  int64_t experts, top_k, tokens, hidden;
+  int path, dtype, activation;
+  float alpha, limit;
+  const void* x;         // [tokens, hidden]
+  const int64_t* ids;    // [tokens, top_k]; those below 0 are left out
+  const float* weights;  // [tokens, top_k]
+  void* out;             // [tokens, hidden]
+};
+
+// The tokens of one expert: a run of `places`, which count tokens x top_k.
+struct Visit {
+  const Matrix* matrices;
+  int64_t first, count, item;  // its run; the first of its blocks among those of all visits
+};
+
+static int experts(const Kernels& use, int threads, const Layer& job) {
+  const int path = job.path == HALVES && !use.halves ? (int)FLOATS : job.path;
+  const int64_t words = unit_words(use, path), slots = job.tokens * job.top_k;
+  std::vector<Visit> visits;
+  std::vector<int64_t> starts((size_t)job.experts + 1), places((size_t)slots);
+  for (int64_t slot = 0; slot < slots; ++slot)
+    if (job.ids[slot] >= job.experts) return NO_EXPERT;
+    else if (job.ids[slot] >= 0) ++starts[(size_t)job.ids[slot] + 1];
+  for (size_t e = 0; e < (size_t)job.experts; ++e) starts[e + 1] += starts[e];
+  {
+    std::vector<int64_t> next(starts);
+    for (int64_t slot = 0; slot < slots; ++slot)
+      if (job.ids[slot] >= 0) places[(size_t)next[(size_t)job.ids[slot]]++] = slot;
+  }
+  const int64_t assigned = starts[(size_t)job.experts];
+  int64_t items = 0, width = 0, up_units = 0, down_units = 0, most = 0;
+  const Matrix* like[MOST_LAYOUTS] = {};
+  for (int64_t e = 0; e < job.experts; ++e) {
+    const int64_t first = starts[(size_t)e], count = starts[(size_t)e + 1] - first;
+    const Matrix* m = job.table[e];
+    if (!count) continue;
+    visits.push_back({m, first, count, items});
+    if (!m[0].rows) continue;
+    items += blocks_of(m[0]);
+    like[m[0].layout] = &m[0], like[m[1].layout] = &m[1];
+    up_units = units_of(m[0]) > up_units ? units_of(m[0]) : up_units;
+    width = blocks_of(m[0]) * BLOCK_ROWS > width ? blocks_of(m[0]) * BLOCK_ROWS : width;
+    down_units = units_of(m[2]) > down_units ? units_of(m[2]) : down_units;
+    most = count > most ? count : most;
+  }
+  size_t bytes = Scratch::rounded((size_t)(4 * assigned * width)) + Prepared::bytes(down_units, words, assigned) +
+                 Scratch::rounded((size_t)(4 * job.tokens * job.hidden));
+  for (const Matrix* each : like)
+    if (each) bytes += Prepared::bytes(units_of(*each), words, job.tokens);
+  Scratch scratch(bytes);
+  if (!scratch.memory) return NO_MEMORY;
+  float* inner = scratch.take<float>((size_t)(assigned * width));
+  float* sums = scratch.take<float>((size_t)(job.tokens * job.hidden));
+  const Prepared between(scratch, down_units, words, assigned);
+
+  // the input, once for each layout
+  Prepared given[MOST_LAYOUTS];
+  for (int layout = 0; layout < MOST_LAYOUTS; ++layout) {
+    if (!like[layout]) continue;
+    given[layout] = Prepared(scratch, units_of(*like[layout]), words, job.tokens);
+    const Prepare prepare = given[layout].job(job.x, job.dtype, path, *like[layout], job.hidden);
+    const int result = together(threads, job.tokens, (1 << 15) / (job.hidden + 1) + 1, [&](int64_t a, int64_t b) {
+      use.prepare(prepare, a, b);
+      return (int)OK;
+    });
+    if (result) return result;
+  }
+
+  // gate and up, with the activation in between
+  int result = together(threads, items, least_blocks(2 * up_units, 1), [&](int64_t first, int64_t last) {
+    alignas(64) float gate[MOST_TOKENS * BLOCK_ROWS], up[MOST_TOKENS * BLOCK_ROWS];
+    Token tokens[MOST_TOKENS];
+    size_t number = visits.size() - 1;
+    while (number && (visits[number].item > first || !visits[number].matrices[0].rows)) --number;
+    for (int64_t item = first; item < last; ++item) {
+      while (!visits[number].matrices[0].rows || item >= visits[number].item + blocks_of(visits[number].matrices[0]))
+        ++number;
+      const Visit& visit = visits[number];
+      const int64_t block = item - visit.item;
+      in_products(use, visit.count, [&](int64_t from, int some) {
+        for (int which = 0; which < 2; ++which) {
+          const Matrix& m = visit.matrices[which];
+          for (int t = 0; t < some; ++t)
+            tokens[t] = given[m.layout].token(places[(size_t)(visit.first + from + t)] / job.top_k);
+          use.product(m, path, some, block, tokens, which ? up : gate);
+        }
+        use.gate(job.activation, job.alpha, job.limit, gate, up, some * BLOCK_ROWS);
+        for (int t = 0; t < some; ++t)
+          memcpy(inner + (visit.first + from + t) * width + block * BLOCK_ROWS, gate + BLOCK_ROWS * t, 4 * BLOCK_ROWS);
+      });
+    }
+    return (int)OK;
+  });
+  if (result) return result;
+
+  // what the down projections read
+  result = together(threads, (int64_t)visits.size(), (1 << 15) / (width * (most + 1) + 1) + 1,
+                    [&](int64_t first, int64_t last) {
+    for (int64_t number = first; number < last; ++number) {
+      const Visit& visit = visits[(size_t)number];
+      if (!visit.matrices[0].rows) continue;
+      Prepare prepare = between.job(inner, F32, path, visit.matrices[2], width);
+      use.prepare(prepare, visit.first, visit.first + visit.count);
+    }
+    return (int)OK;
+  });
+  if (result) return result;
+
+  // the down projections, one expert after the other, onto the sums of the tokens
+  const int64_t blocks = (job.hidden + BLOCK_ROWS - 1) / BLOCK_ROWS;
+  return together(threads, blocks, least_blocks((int64_t)visits.size() * down_units, 1), [&](int64_t first, int64_t last) {
+    alignas(64) float y[MOST_TOKENS * BLOCK_ROWS];
+    Token tokens[MOST_TOKENS];
+    const int64_t begin = first * BLOCK_ROWS, end = last * BLOCK_ROWS < job.hidden ? last * BLOCK_ROWS : job.hidden;
+    for (int64_t t = 0; t < job.tokens; ++t) memset(sums + t * job.hidden + begin, 0, (size_t)(4 * (end - begin)));
+    for (const Visit& visit : visits) {
+      const Matrix& m = visit.matrices[2];
+      for (int64_t block = first; block < last; ++block) {
+        const int64_t row = block * BLOCK_ROWS, rows = end - row < BLOCK_ROWS ? end - row : BLOCK_ROWS;
+        in_products(use, visit.count, [&](int64_t from, int some) {
+          if (visit.matrices[0].rows) {
+            for (int t = 0; t < some; ++t) tokens[t] = between.token(visit.first + from + t);
+            use.product(m, path, some, block, tokens, y);
+          } else if (m.bias) {
+            for (int t = 0; t < some; ++t)
+              memcpy(y + BLOCK_ROWS * t, reinterpret_cast<const float*>(m.bias) + row, 4 * BLOCK_ROWS);
+          } else {
+            return;
+          }
+          for (int t = 0; t < some; ++t) {
+            const int64_t slot = places[(size_t)(visit.first + from + t)];
+            float* sum = sums + slot / job.top_k * job.hidden + row;
+            const float weight = job.weights[slot];
+            for (int64_t i = 0; i < rows; ++i) sum[i] += weight * y[BLOCK_ROWS * t + i];
+          }
+        });
+      }
+    }
+    for (int64_t t = 0; t < job.tokens; ++t)
+      put(job.out, job.dtype, t * job.hidden + begin, sums + t * job.hidden + begin, end - begin);
+    return (int)OK;
+  });
+}
+
+}  // namespace moezip
