@@ -427,23 +427,16 @@ def quantize(
 ) -> None:
     """Stores weights in 1 to 8 bits, layer by layer, each layer making up for what rounding did before it."""
     from moezip.calibrate.data import domains_of
+    from moezip.pipeline.prune import saved_plan
     from moezip.pipeline.quantize import QuantizeJob, quantize_command
     from moezip.pipeline.quantize_estimate import estimate_quantize
-    from moezip.plan.plan import Plan
 
-    job = QuantizeJob(
-        bits,
-        solver,
-        allocate,
-        share_or_size(size),
-        granularity,  # type: ignore[arg-type]
-        reader,
-        group=group,
-        settings=settings_of(settings),
-        texts=domains_of(data, tokens) if data else (),
-        plan=None if plan is None else Plan.load(plan),
-    )
-    with console.watching(quiet) as watch:
+    texts = domains_of(data, tokens) if data else ()
+    with saved_plan(plan) as (loaded, values), console.watching(quiet) as watch:
+        job = QuantizeJob(
+            bits, solver, allocate, share_or_size(size), granularity, reader, group=group,  # type: ignore[arg-type]
+            settings=settings_of(settings), texts=texts, plan=loaded, values=values,
+        )  # fmt: skip
         common = _common(
             watch, device=device, max_memory=max_memory, workdir=workdir, resume=resume, overwrite=overwrite,
             seq_len=seq_len, seed=seed,

@@ -364,6 +364,17 @@ def apply_command(checkpoint: str, plan_file: Path, out: Path, common: Common, r
 
 
 @contextmanager
+def saved_plan(plan_file: Path | None) -> Iterator[tuple[Plan | None, Values | None]]:
+    """A saved plan with its solved values; nothing without a file. Raises PlanError as of ``values_beside``."""
+    if plan_file is None:
+        yield None, None
+        return
+    plan = Plan.load(plan_file)
+    with values_beside(plan, plan_file) as values:
+        yield plan, values
+
+
+@contextmanager
 def values_beside(plan: Plan, plan_file: Path) -> Iterator[Values | None]:
     """The solved values of a saved plan: from the file beside it, or from the checkpoint that it lies in.
 

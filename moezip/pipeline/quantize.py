@@ -20,7 +20,8 @@ from moezip.pipeline.calibrate import forget, require_files, work_folder
 from moezip.pipeline.common import Clock, Common, Opened, opened, refuse_output
 from moezip.pipeline.items import grid_counts, group_size, items_of
 from moezip.plan.apply import Applied
-from moezip.plan.packed import LayerFiles, Packed, Unsolved
+from moezip.plan.merged import CheckpointValues, Merged
+from moezip.plan.packed import LayerFiles, Packed, Unsolved, Values
 from moezip.plan.plan import Plan
 from moezip.progress import Progress
 from moezip.quantize.hessian import PRIOR
@@ -60,6 +61,7 @@ class QuantizeJob:
         granularity: what shares a width. reader: who must be able to read the output, None for moezip.
         group: weights that share a scale; None for the largest that fits.
         settings: ``--set`` texts, of the storage, of the solver and of the allocator.
+        values: solved values of the plan, if it has any.
         texts: calibration text by domain, if the solver or the allocator needs it.
         plan: quantize what this plan makes of the checkpoint; None for the checkpoint itself.
     """
@@ -74,6 +76,7 @@ class QuantizeJob:
     settings: Mapping[str, str] = field(default_factory=dict)
     texts: Sequence[DomainText] = ()
     plan: Plan | None = None
+    values: Values | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +179,7 @@ def quantize_command(
     model = prepared.model
     refuse_output(out, model.source.folder, common)
     folder = (common.workdir or work_folder(out)) / WORK
-    plain, split = views(model, job.plan)
+    plain, split = views(model, job.plan, job.values)
     import_model_code(model.source.config)
     rows = read_rows(model, job, common) if job.texts else None
     with clock.stage("plan"):
@@ -215,7 +218,7 @@ def choose(
     prepared: Prepared,
     job: QuantizeJob,
     plain: Source,
-    split: Applied,
+    split: Applied | Merged,
     rows: Rows | None,
     folder: Path,
     common: Common,
@@ -232,11 +235,13 @@ def choose(
     ).choose()  # fmt: skip
 
 
-def views(model: Opened, plan: Plan | None = None) -> tuple[Source, Applied]:
+def views(
+    model: Opened, plan: Plan | None = None, values: Values | None = None
+) -> tuple[Source, Applied | Merged]:
     """Plain tensors as the family stores them, and the same with one tensor per expert and matrix.
 
     Args:
-        plan: seen through this plan.
+        plan: seen through this plan. values: its solved values.
 
     Raises:
         PlanError: the plan is for another checkpoint, or has packed matrices already.
@@ -248,6 +253,8 @@ def views(model: Opened, plan: Plan | None = None) -> tuple[Source, Applied]:
     if plan.packing:
         raise PlanError("the plan has packed matrices already", next="use a plan that only chooses experts or neurons")
     plan = replace(plan, mtp="drop")
+    if plan.merges:
+        return Merged(plain, plan, values), Merged(plain, plan, values, split=True)
     return Applied(plain, plan), Applied(plain, plan, split=True)
 
 
@@ -264,8 +271,12 @@ def apply_packed(model: Opened, plan: Plan, plan_file: Path, out: Path, common: 
             where=plan_file,
             next="name the moezip/plan.json inside that checkpoint",
         )
-    split = Applied(decoded(model.source), plan, split=True)
+    plain = decoded(model.source)
     with Checkpoint.open(folder) as values:
+        if plan.merges:  # what is packed is not read, and whatever else was solved is in the checkpoint as it is
+            split: Source = Merged(plain, plan, CheckpointValues(values, plan.solved), split=True)
+        else:
+            split = Applied(plain, plan, split=True)
         packed = Packed(split, plan.packing, values)
         about = About(str(plan.made_by.get("method", "a saved plan")), model)
         return write_packed(about, plan, packed, out, common, clock, [])

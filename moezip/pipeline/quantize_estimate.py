@@ -44,7 +44,7 @@ def estimate_quantize(checkpoint: str, job: QuantizeJob, common: Common) -> Quan
     """``moezip quantize --dry-run``: reads no data and writes nothing."""
     prepared = prepare_quantize(checkpoint, job, common)
     model = prepared.model
-    split = views(model, job.plan)[1]
+    split = views(model, job.plan, job.values)[1]
     items = items_of(split, model)
     if job.allocate != "uniform":
         raise UsageError(

@@ -32,16 +32,24 @@ class LayerFiles:
     Args:
         folder: with files ``*.safetensors``, none of them half-written.
         pattern: of the names of those that are meant.
+
+    Raises:
+        CheckpointError: a file that is none of that format.
     """
 
     def __init__(self, folder: Path, pattern: str = "*.safetensors"):
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         self._files: dict[str, Path] = {}
         self._open: tuple[Path | None, Any] = (None, None)  # the file that was read last: its neighbours are next
         for file in sorted(folder.glob(pattern)):
-            with safe_open(file, "pt") as opened:
-                self._files.update(dict.fromkeys(opened.keys(), file))
+            try:
+                with safe_open(file, "pt") as opened:
+                    self._files.update(dict.fromkeys(opened.keys(), file))
+            except SafetensorError as fault:
+                raise CheckpointError(
+                    f"the file is damaged ({fault})", where=file, next="make it again, or start without --resume"
+                ) from fault
 
     def names(self) -> list[str]:
         return list(self._files)
