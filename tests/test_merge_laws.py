@@ -37,6 +37,9 @@ Tiny = Callable[..., Path]
 Groups = Sequence[tuple[int, ...]]
 families = pytest.mark.parametrize("name", FAMILIES)
 TOKENS = 1024
+# Averages summed in another order are other weights by a unit in the last place; the decay rates of tiny qwen3_next
+# models are drawn anew in every process, and one in 25 of them carries that to 1.4e-5.
+AMPLIFIED = 1e-4
 
 
 def pairs(fact: LayerFacts) -> Groups:
@@ -127,7 +130,7 @@ def test_order_of_experts_does_not_matter(name: str, tiny: Tiny) -> None:
     for router in ("dominant", "remap"):
         wanted = streamed_logits(merged(source, some, router, combine="mean"), rows)
         got = streamed_logits(merged(shuffled_source, accordingly, router, combine="mean"), rows)
-        assert largest_difference(wanted, got, rows) < REORDERED
+        assert largest_difference(wanted, got, rows) < AMPLIFIED
 
 
 @families
@@ -138,7 +141,7 @@ def test_order_of_neurons_does_not_matter(name: str, tiny: Tiny) -> None:
     own = {f.layer: [(e, shuffled(f.width, 10 * f.layer + e)) for e in range(f.experts)] for f in facts}
     wanted = streamed_logits(merged(source, some), rows)
     got = streamed_logits(merged(with_experts(source, own), some), rows)
-    assert largest_difference(wanted, got, rows) < REORDERED
+    assert largest_difference(wanted, got, rows) < AMPLIFIED
     assert largest_difference(wanted, streamed_logits(source, rows), rows) > 0.01
 
 
