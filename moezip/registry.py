@@ -48,6 +48,7 @@ class Method:
         counts: for merge methods that let layers differ: ``counts(facts, stats by layer, total, params)`` gives how
             many experts each layer is left with, as a dict by layer.
         looks: for merge methods: whether with these settings the layers must be looked at again once groups are known.
+        factored: for merge methods that store factors: ``factored(facts, params)`` gives their sizes by role.
         solve: for merge methods that do more than the common stages (``moezip.merge.solve``): called in their place.
     """
 
@@ -68,6 +69,7 @@ class Method:
     counts: Callable[..., dict[int, int]] | None = None
     looks: Callable[[Any], bool] | None = None
     solve: Callable[..., Any] | None = None
+    factored: Callable[..., dict[Any, Any]] | None = None
 
     @property
     def reads_text(self) -> bool:

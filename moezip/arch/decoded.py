@@ -7,17 +7,27 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from moezip.arch import packing
+from moezip.arch import factoring, packing
 from moezip.arch.layout import METHOD, STORED, own_format
 from moezip.checkpoint.reader import TORCH_DTYPES
 from moezip.checkpoint.source import Source, TensorSpec
 from moezip.errors import ArchitectureError, CheckpointError
 from moezip.formats import compressed_tensors, fp8_block, gptq, mxfp4
+from moezip.formats.factors import LEFT
 from moezip.formats.packed import PACKED, Grid
 from moezip.formats.stored import CHUNK, Stored, fault
 
 if TYPE_CHECKING:
     import torch
+
+# Keys of moezip's own ``quantization_config`` that say which matrices are not plain.
+OWN = (packing.KEY, factoring.KEY)
+
+
+def _own(source: Source) -> Iterator[Stored]:
+    yield from packing.stored(source)
+    yield from factoring.stored(source)
+
 
 # By ``quant_method``: the format's list of the tensors that a checkpoint stores in it.
 FORMS: dict[str, Callable[[Source], Iterator[Stored]]] = {
@@ -25,10 +35,10 @@ FORMS: dict[str, Callable[[Source], Iterator[Stored]]] = {
     "mxfp4": mxfp4.stored,
     compressed_tensors.METHOD: compressed_tensors.stored,
     gptq.METHOD: gptq.stored,
-    METHOD: packing.stored,
+    METHOD: _own,
 }
 # How the name of a piece of a quantized tensor may end.
-PIECES = (fp8_block.SUFFIX, f".{PACKED}", f".{gptq.QWEIGHT}")
+PIECES = (fp8_block.SUFFIX, f".{PACKED}", f".{gptq.QWEIGHT}", f".{LEFT}")
 
 
 def decoded(source: Source) -> Source:
@@ -47,7 +57,7 @@ def decoded(source: Source) -> Source:
                     next="use the config.json that came with the weights",
                 )
         return source
-    if own_format(source.config) and not quantization.get(packing.KEY) and not quantization.get(STORED):
+    if own_format(source.config) and not any(quantization.get(key) for key in (*OWN, STORED)):
         return source  # ragged, but plain: whoever asks for the layers' facts has the format checked
     return Decoded(source)
 
@@ -80,7 +90,7 @@ class Decoded:
             raise fault(source, "quantization_config is not an object")
         self._stored: dict[str, Stored] = {}
         for each in (quantization, quantization.get(STORED)):  # moezip's own format may hold codes of its source's
-            if not each or (each is quantization and own_format(source.config) and not each.get(packing.KEY)):
+            if not each or (each is quantization and own_format(source.config) and not any(map(each.get, OWN))):
                 continue
             method = str(each.get("quant_method"))
             if method not in FORMS:
@@ -104,7 +114,7 @@ class Decoded:
         plain = {key: value for key, value in self._source.config.items() if key != "quantization_config"}
         if own_format(self._source.config):  # its layers may differ all the same
             given = self._source.config["quantization_config"]
-            codes = (packing.KEY, STORED)
+            codes = (*OWN, STORED)
             plain["quantization_config"] = {key: value for key, value in given.items() if key not in codes}
         return plain
 

@@ -13,8 +13,8 @@ Null stands for an expert that is not packed. The stored tensors are those of
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from moezip.arch.layout import FIX, own_format
 from moezip.checkpoint.source import Source, TensorSpec
@@ -30,6 +30,7 @@ WEIGHT = "weight"
 _EXPERT = re.compile(r"(?<=\bexperts\.)\d+(?=\.)")
 
 Packing = Mapping[str, Grid]
+T = TypeVar("T")
 
 
 def stem(name: str) -> str:
@@ -38,8 +39,8 @@ def stem(name: str) -> str:
     return name.removesuffix(WEIGHT)
 
 
-def folded(packing: Packing) -> dict[str, Any]:
-    """The table as JSON."""
+def folded(packing: Mapping[str, object]) -> dict[str, Any]:
+    """The table as JSON; grids, or whatever else is said of matrices, as texts."""
     rows: dict[str, dict[int, str]] = {}
     found: dict[str, Any] = {}
     for name, grid in packing.items():
@@ -58,28 +59,38 @@ def folded(packing: Packing) -> dict[str, Any]:
 
 def unfolded(table: Any) -> dict[str, Grid]:
     """The inverse of ``folded``. Raises ArchitectureError if it is no such table."""
+    return unfolded_with(table, Grid.parse, KEY)
+
+
+def unfolded_with(table: Any, parse: Callable[[str], T], where: str) -> dict[str, T]:
+    """The inverse of ``folded`` for other values than grids. Raises ArchitectureError if it is no such table.
+
+    Args:
+        parse: text to value; PlanError or TypeError for none. where: the table's name.
+    """
     if not isinstance(table, Mapping):
-        raise _corrupt("is no table of names")
-    found: dict[str, Grid] = {}
+        raise _corrupt("is no table of names", where)
+    found: dict[str, T] = {}
     for key, value in table.items():
         if not isinstance(key, str) or not key.endswith(f".{WEIGHT}"):
-            raise _corrupt(f"has the key {key!r}, which names no matrix")
+            raise _corrupt(f"has the key {key!r}, which names no matrix", where)
         if "*" not in key:
-            found[key] = _grid(key, value)
+            found[key] = _value(key, value, parse, where)
         elif isinstance(value, list):
             for expert, each in enumerate(value):
                 if each is not None:
-                    found[key.replace("*", str(expert))] = _grid(key, each)
+                    found[key.replace("*", str(expert))] = _value(key, each, parse, where)
         else:
-            raise _corrupt(f"says {value!r} of {key}, where a list over the experts belongs")
+            raise _corrupt(f"says {value!r} of {key}, where a list over the experts belongs", where)
     return found
 
 
-def _grid(key: str, value: Any) -> Grid:
+def _value(key: str, value: Any, parse: Callable[[str], T], where: str) -> T:
     try:
-        return Grid.parse(value)
+        return parse(value)
     except (PlanError, TypeError) as fault:
-        raise _corrupt(f"says {value!r} of {key}, which is no grid of codes") from fault
+        kind = "grid of codes" if where == KEY else "size"
+        raise _corrupt(f"says {value!r} of {key}, which is no {kind}", where) from fault
 
 
 def packing_of(config: Mapping[str, Any]) -> dict[str, Grid]:
@@ -139,5 +150,5 @@ def _decoder(name: str, grid: Grid, dtype: str) -> Any:
     return read
 
 
-def _corrupt(what: str) -> ArchitectureError:
-    return ArchitectureError(f"quantization_config.{KEY} {what}", where="config.json", next=FIX)
+def _corrupt(what: str, table: str = KEY) -> ArchitectureError:
+    return ArchitectureError(f"quantization_config.{table} {what}", where="config.json", next=FIX)

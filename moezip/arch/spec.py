@@ -114,6 +114,8 @@ def whole_number(value: Any, key: str) -> int:
 STORED_SUFFIXES = ("_scale_inv", "_blocks", "_scales")
 # The same of packed codes, which no router can be stored as: its entries could not be taken apart.
 PACKED_SUFFIXES = ("_packed", "_scale", "_scale_step", "_zero_point", "_shape", "_g_idx")
+# The same of a matrix that is stored as factors.
+FACTOR_SUFFIXES = ("_left", "_right", "_rows", "_rows_index")
 # What GPTQ checkpoints have in place of ``weight``.
 GPTQ_NAMES = ("qweight", "qzeros", "scales", "g_idx")
 
@@ -321,7 +323,7 @@ class Architecture:
 
     @cached_property
     def _patterns(self) -> list[tuple[re.Pattern[str], ExpertTensor | RouterTensor]]:
-        suffix = "(?P<suffix>" + "|".join(STORED_SUFFIXES + PACKED_SUFFIXES) + ")?"
+        suffix = "(?P<suffix>" + "|".join(STORED_SUFFIXES + PACKED_SUFFIXES + FACTOR_SUFFIXES) + ")?"
         compiled: list[tuple[re.Pattern[str], ExpertTensor | RouterTensor]] = []
         claimants: tuple[ExpertTensor | RouterTensor, ...] = (*self.experts, *self.router)
         for tensor in claimants:

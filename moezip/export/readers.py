@@ -8,6 +8,7 @@ from moezip.checkpoint.source import Source
 from moezip.errors import PlanError, UsageError
 from moezip.export.mone import Substituted
 from moezip.plan.apply import Applied
+from moezip.plan.factored import Factored
 from moezip.plan.merged import Merged
 from moezip.plan.packed import Values
 from moezip.plan.plan import Plan
@@ -23,11 +24,16 @@ VLLM_NOTE = (
     "written after its source code, not run in it. Routers still choose among all experts and a dropped one adds "
     "nothing, so the loss is not that of the same plan without --for; `moezip evaluate` measures it as vLLM runs it"
 )
-Planned = Applied | Substituted | Merged
+Planned = Applied | Substituted | Merged | Factored
 
 
 def check_reader(
-    reader: str | None, *, counts_differ: bool = False, widths_differ: bool = False, remapped: bool = False
+    reader: str | None,
+    *,
+    counts_differ: bool = False,
+    widths_differ: bool = False,
+    remapped: bool = False,
+    factored: bool = False,
 ) -> None:
     """What can be told of a reader before there is a plan.
 
@@ -36,6 +42,7 @@ def check_reader(
         counts_differ: layers may come to keep different numbers of experts.
         widths_differ: experts may come to keep different numbers of neurons.
         remapped: routers will have more rows than there are experts.
+        factored: matrices will be stored as factors.
 
     Raises:
         UsageError: no such reader, or one that does not read such checkpoints.
@@ -45,6 +52,8 @@ def check_reader(
     name = lookup(reader, READERS, "reader")
     if reader != "moezip" and widths_differ:
         raise UsageError(_refusal(name, "experts of different widths"), where=f"--for {reader}", next=_NEURONS)
+    if reader != "moezip" and factored:
+        raise UsageError(_refusal(name, "experts that are stored as factors"), where=f"--for {reader}", next=_FACTORS)
     if reader != "moezip" and remapped:
         raise UsageError(_refusal(name, _ROWS), where=f"--for {reader}", next=_ROUTERS)
     if reader not in ("moezip", "vllm") and counts_differ:
@@ -70,7 +79,9 @@ def planned(source: Source, plan: Plan, reader: str | None = None, values: Value
         remapped = any(layer.router == "remap" for layer in plan.layers)
         if differ and reader == "vllm":
             raise PlanError(_refusal(READERS[reader], _COUNTS), where=f"--for {reader}", next=_EXPERTS)
-        check_reader(reader, counts_differ=differ, remapped=remapped)
+        check_reader(reader, counts_differ=differ, remapped=remapped, factored=bool(plan.factors))
+        if plan.factors:
+            return Factored(Merged(decoded(source), plan, values, split=True), values)
         return Merged(decoded(source), plan, values)
     if reader is None or reader == "moezip" or not plan.ragged(width):
         return Applied(source, plan)
@@ -85,6 +96,7 @@ def planned(source: Source, plan: Plan, reader: str | None = None, values: Value
 _COUNTS = "different numbers of experts in different layers"
 _ROWS = "routers that have more rows than there are experts"
 _ROUTERS = "give each merged expert one row (--set router=dominant or sum), or write it for moezip"
+_FACTORS = "merge without the compression stage (--method m-smoe), or write it for moezip"
 _EXPERTS = "keep the same number in every layer (--scope layer), or write it for vllm or moezip"
 _NEURONS = "keep as many neurons of every expert (--set uniform=true), or write it for moezip"
 

@@ -18,6 +18,7 @@ from moezip.pipeline.calibrate import forget, require_files, resumable, run_cali
 from moezip.pipeline.common import Clock, Common, Opened, opened, refuse_file, refuse_output
 from moezip.pipeline.neurons import require_raggable
 from moezip.pipeline.prune import Outcome, own_names, save_plan, write_plan
+from moezip.plan.factored import factors_in
 from moezip.plan.merged import VALUES, digest_of
 from moezip.plan.packed import LayerFiles
 from moezip.plan.plan import LayerPlan, Plan, pick_json, pick_of, require_groups, require_keepable
@@ -92,9 +93,12 @@ def prepare_merge(checkpoint: str, job: MergeJob, common: Common) -> Prepared:
             next="leave --scope out, or use " + ", ".join(entry.name for entry in METHODS if entry.counts is not None),
         )  # fmt: skip
     remapped = params.router == "remap"
-    check_reader(job.reader, counts_differ=job.scope == "model", remapped=remapped)
+    factored = method.factored is not None
+    check_reader(job.reader, counts_differ=job.scope == "model", remapped=remapped, factored=factored)
     model = opened(checkpoint)
     require_uniform(model.source.config, "compressing", model.source.folder)
+    if factored:
+        require_raggable(model, "experts that are stored as factors")
     if job.scope == "model" or remapped:
         require_raggable(model, "experts that were merged without merging the router's rows" if remapped else
                          "different numbers of experts in its layers")  # fmt: skip
@@ -423,6 +427,7 @@ def make_merge_plan(
     plan = Plan(
         model.source.fingerprint, model.architecture.name, tuple(layers), "drop", made_by,
         values=digest, solved=tuple(names),
+        factors=factors_in(LayerFiles(folder), names, model.architecture),
     )  # fmt: skip
     return plan, solved, notes
 

@@ -9,11 +9,12 @@ from typing import Any
 from moezip.arch.spec import LayerFacts
 from moezip.export.readers import planned
 from moezip.export.stock import tensor_bytes
+from moezip.formats.factors import Factors
 from moezip.merge.align import MEANS_STEPS, PART, POWER_STEPS, TOKENS, WIDE
 from moezip.merge.solve import FORMS
 from moezip.pipeline.common import Common
 from moezip.pipeline.estimate import DISK_BYTES_PER_SECOND, GRADIENT_WORK, Estimate, matmul_rate
-from moezip.pipeline.merge import MergeJob, prepare_merge, require_text
+from moezip.pipeline.merge import MergeJob, Prepared, prepare_merge, require_text
 from moezip.plan.plan import LayerPlan, Part, Pick, Plan, RouterForm
 from moezip.report.overview import overview
 
@@ -26,7 +27,7 @@ def estimate_merge(checkpoint: str, job: MergeJob, common: Common) -> Estimate:
     # fitted rows are as many as kept ones, and lie nowhere yet
     router = "remap" if FORMS[params.router] == "remap" else "kept"
     layers = tuple(_any_groups(fact, prepared.keep, router) for fact in model.facts)  # type: ignore[arg-type]
-    plan = Plan(model.source.fingerprint, model.architecture.name, layers)
+    plan = Plan(model.source.fingerprint, model.architecture.name, layers, factors=_factors(prepared))
     seen = overview(model.source)
     after = tensor_bytes(planned(model.source, plan, job.reader))
     tokens = sum(text.tokens for text in job.texts)
@@ -60,6 +61,20 @@ def estimate_merge(checkpoint: str, job: MergeJob, common: Common) -> Estimate:
         kept=None,
         assumes=f"{rate / 1e9:.0f} GFLOP/s (measured now), disk 1 GB/s, 6 s to start{told}",
     )
+
+
+def _factors(prepared: Prepared) -> dict[str, Factors]:
+    """What the matrices of the output are stored as, where the method stores factors: of all its experts."""
+    method, entry = prepared.method, prepared.model.architecture.split
+    if method.factored is None:
+        return {}
+    return {
+        tensor.template.format(layer=fact.layer, expert=number): method.factored(fact, prepared.params)[tensor.role]
+        for fact in prepared.model.facts
+        for number in range(prepared.keep)
+        for tensor in entry.experts
+        if tensor.role in ("gate", "up", "down")
+    }
 
 
 def _any_groups(fact: LayerFacts, keep: int, router: RouterForm) -> LayerPlan:

@@ -5,6 +5,7 @@ beside the plan (``plan.safetensors``) or, for a plan inside a checkpoint, in th
 
     layers.<decoder layer>.experts.<number in the output>.<role>    canonical: gate, up [F, D], down [D, F], biases
     layers.<decoder layer>.router.<place in Architecture.router>    as stored, one entry per expert of the output
+    layers.<decoder layer>.experts.<number in the output>.<role>.<left|right|rows|rows_index>    of a factored matrix
 """
 
 from __future__ import annotations
@@ -35,6 +36,11 @@ CHUNK = 32 * 2**20
 def expert_value(layer: int, number: int, role: str) -> str:
     """Name of a solved matrix of the output's expert ``number``."""
     return f"layers.{layer}.experts.{number}.{role}"
+
+
+def factor_value(layer: int, number: int, role: str, suffix: str) -> str:
+    """Name of a factor, of ``moezip.formats.factors``, of the output's expert ``number``."""
+    return f"{expert_value(layer, number, role)}.{suffix.removeprefix('weight_')}"
 
 
 def router_value(layer: int, place: int = 0) -> str:
@@ -113,7 +119,11 @@ class CheckpointValues:
 
     def read(self, name: str, rows: range | None = None) -> torch.Tensor:
         """Raises CheckpointError if the checkpoint does not have it."""
-        if found := re.fullmatch(r"layers\.(\d+)\.experts\.(\d+)\.(\w+)", name):
+        if found := re.fullmatch(r"layers\.(\d+)\.experts\.(\d+)\.(\w+)\.(\w+)", name):
+            tensor = next(each for each in self._architecture.experts if each.role == found[3])
+            matrix = tensor.template.format(layer=int(found[1]), expert=int(found[2]))
+            value = self._source.read(f"{matrix}_{found[4]}")
+        elif found := re.fullmatch(r"layers\.(\d+)\.experts\.(\d+)\.(\w+)", name):
             layer, number, role = int(found[1]), int(found[2]), found[3]
             value = read_role(self._source, self._architecture, layer, number, role)  # type: ignore[arg-type]
         elif found := re.fullmatch(r"layers\.(\d+)\.router\.(\d+)", name):

@@ -10,9 +10,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from moezip.arch.factoring import table_of
 from moezip.arch.packing import folded, unfolded
 from moezip.arch.spec import LayerFacts
 from moezip.errors import ArchitectureError, PlanError
+from moezip.formats.factors import Factors
 from moezip.formats.packed import Grid
 
 SCHEMA = 1
@@ -143,6 +145,7 @@ class Plan:
         values: digest of the values that no pick can say (``moezip.plan.merged``), which lie in a file beside the
             plan, or in the checkpoint that it was written with; empty without any.
         solved: names of these values.
+        factors: matrices of the output that are stored as factors, by name, and their sizes.
     """
 
     source: str
@@ -153,6 +156,7 @@ class Plan:
     packing: dict[str, Grid] = field(default_factory=dict)
     values: str = ""
     solved: tuple[str, ...] = ()
+    factors: dict[str, Factors] = field(default_factory=dict)
 
     @classmethod
     def identity(cls, source: str, architecture: str, facts: Sequence[LayerFacts]) -> Plan:
@@ -163,16 +167,22 @@ class Plan:
     def ragged(self, width: int) -> bool:
         """Whether layers keep different numbers of experts, or experts different numbers of their ``width`` neurons.
 
-        Such a plan makes a checkpoint in moezip's own format, others a stock one.
+        Such a plan, or one with factors, makes a checkpoint in moezip's own format, others a stock one.
         """
         widths = {each for layer in self.layers for each in layer.widths(width)}
         remapped = any(layer.router == "remap" for layer in self.layers)
-        return remapped or len({len(layer.picks) for layer in self.layers}) > 1 or len(widths) > 1 or widths == {0}
+        return (
+            bool(self.factors)
+            or remapped
+            or len({len(layer.picks) for layer in self.layers}) > 1
+            or len(widths) > 1
+            or widths == {0}
+        )
 
     @property
     def merges(self) -> bool:
         """Whether there are experts or routers that no source tensor holds."""
-        return bool(self.solved) or any(layer.merges for layer in self.layers)
+        return bool(self.solved or self.factors) or any(layer.merges for layer in self.layers)
 
     @property
     def keeps_all(self) -> bool:
@@ -232,6 +242,9 @@ class Plan:
         if self.packing:
             table = ",\n".join(f"    {json.dumps(key)}: {json.dumps(row)}" for key, row in folded(self.packing).items())
             text += '  "packing": {\n' + table + "\n  },\n"
+        if self.factors:
+            table = ",\n".join(f"    {json.dumps(key)}: {json.dumps(row)}" for key, row in folded(self.factors).items())
+            text += '  "factors": {\n' + table + "\n  },\n"
         if self.solved:
             text += f'  "values": {json.dumps(self.values)},\n'
             text += '  "solved": [\n' + ",\n".join(f"    {json.dumps(name)}" for name in self.solved) + "\n  ],\n"
@@ -260,7 +273,8 @@ class Plan:
                 raise TypeError(f"source, architecture and mtp must be texts, not {names}")
             packing = unfolded(data.get("packing", {}))
             values, solved = str(data.get("values", "")), tuple(map(str, data.get("solved", ())))
-            return cls(names[0], names[1], layers, names[2], dict(data.get("made_by", {})), packing, values, solved)
+            factors, made_by = table_of(data.get("factors", {})), dict(data.get("made_by", {}))
+            return cls(names[0], names[1], layers, names[2], made_by, packing, values, solved, factors)
         except ArchitectureError as fault:
             raise PlanError(f"the plan's packing cannot be read: {fault.what}", where=where) from fault
         except (ValueError, KeyError, TypeError) as fault:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from importlib import import_module
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -84,10 +85,13 @@ def by_transformers(source: Source, *, device: str, dtype: torch.dtype | None) -
     """A checkpoint whose layers or experts differ or are packed, loaded so that it can be saved again."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from moezip.runtime.hook import install
+    from moezip.runtime.hook import AWAITED, install
+
+    # by name, as the hook imports moezip.runtime.quantizer at the end of this, which must not be half-way itself
+    import_module(AWAITED)
+    install()
     from moezip.runtime.quantizer import FOREIGN
 
-    install()
     config = AutoConfig.from_pretrained(source.folder)
     if not own_format(source.config):
         config.quantization_config = {"quant_method": METHOD, FOREIGN: source.config["quantization_config"]}

@@ -7,6 +7,7 @@ there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from moezip.arch.factoring import factoring_of
 from moezip.arch.layout import METHOD, STORED, Layout
 from moezip.arch.packing import packing_of
 from moezip.errors import ArchitectureError, CheckpointError
@@ -83,6 +85,7 @@ class MoezipQuantizer(HfQuantizer):
         from moezip.arch.skeleton import target_dtypes
         from moezip.calibrate.experts import register as register_experts
         from moezip.checkpoint.reader import Checkpoint
+        from moezip.runtime.factored import FactoredExperts, make_factored
         from moezip.runtime.linear import PackedExperts
         from moezip.runtime.packing import make_packed, require_filled
 
@@ -101,10 +104,14 @@ class MoezipQuantizer(HfQuantizer):
                     next="load the folder with the config.json that came with the weights",
                 )  # fmt: skip
             check_shapes(checkpoint, entry)
-            wired, kind = layout is not None, PackedExperts if grids else RaggedExperts
+            factors = factoring_of(config)
+            wired, kind = layout is not None, PackedExperts if grids else FactoredExperts if factors else RaggedExperts
             make_ragged(model, entry, layout or Layout.uniform(entry.layer_facts(config)), wired=wired, kind=kind)
             if grids:
                 make_packed(model, entry, decoded(checkpoint), grids)
+            if factors:
+                make_factored(model, entry, decoded(checkpoint), factors)
+            if grids or factors:
                 require_filled(model, entry, checkpoint)
         self._dtypes = target_dtypes(model, self._dtype)
         if model.config._experts_implementation != "eager":
@@ -127,7 +134,8 @@ class MoezipQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         from moezip.arch.ragged import RaggedExperts
-        from moezip.runtime.linear import Packed
+        from moezip.runtime.factored import FactoredMatrix
+        from moezip.runtime.linear import Packed, PackedExperts
 
         # up to 5.20 transformers leaves what a quantizer loads under another name in the dtype of the file
         for name, tensor in model.state_dict().items():
@@ -142,8 +150,11 @@ class MoezipQuantizer(HfQuantizer):
                         next="choose a device_map that keeps every layer on a device, such as device_map=\"cpu\"",
                     )  # fmt: skip
                 module.join()
-            elif isinstance(module, Packed):
+            elif isinstance(module, Packed | FactoredMatrix):
                 module.require_sound(name)
+        for module in model.modules():
+            if isinstance(module, Packed | PackedExperts):
+                module.lay_out()
         return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
@@ -166,7 +177,8 @@ def _same(beside: Any, given: dict[str, Any]) -> bool:
     if given["quant_method"] != METHOD:
         return beside == given
     configs = [{"quantization_config": each} for each in (beside, given)]
-    return Layout.of(configs[0]) == Layout.of(configs[1]) and packing_of(configs[0]) == packing_of(configs[1])
+    tables: tuple[Callable[[dict[str, Any]], object], ...] = (Layout.of, packing_of, factoring_of)
+    return all(table(configs[0]) == table(configs[1]) for table in tables)
 
 
 def register() -> None:
