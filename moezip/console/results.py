@@ -139,7 +139,8 @@ def show_outcome(outcome: Outcome, out: Path, as_json: bool, quiet: bool) -> Non
     console.pairs(
         str(out),
         {
-            "experts": f"{_span(report.experts_after)} {'made of' if outcome.plan.merges else 'of'} {_span(report.experts_before)} "
+            "experts": f"{_span(report.experts_after)} {'made of' if outcome.plan.merges else 'of'} "
+            f"{_span(report.experts_before)} "
             f"in each of {len(report.experts_after)} layers",
             "size": f"{console.size(report.bytes_before)} to {console.size(report.bytes_after)} "
             f"({report.bytes_after / report.bytes_before:.0%}), {report.bits_per_weight:.2f} bits per weight",
@@ -170,6 +171,7 @@ def show_quantize_estimate(result: QuantizeEstimate, as_json: bool) -> None:
         {
             "solver": result.solver,
             "matrices": f"{result.matrices}: {show_widths(result.widths)}",
+            "experts": f"{_span(result.experts)} in each of {len(result.experts)} layers",
             "group": f"{result.group} weights share a scale" if result.group else "one scale per output channel",
             "size": f"{console.size(result.bytes_before)} to {console.size(result.bytes_after)} "
             f"({result.bytes_after / result.bytes_before:.0%}), {result.bits_per_weight:.2f} bits per packed weight",
@@ -196,6 +198,15 @@ def tell_widths(chosen: Widths) -> None:
 
 def show_quantized(outcome: QuantizeOutcome, out: Path, as_json: bool, quiet: bool) -> None:
     report = outcome.report
+    if report is None:
+        if as_json:
+            told = {"widths": outcome.widths, "predicted_nats": outcome.chosen.nats}
+            console.data(
+                {"plan": str(out), "layers": {str(p.layer): list(p.kept) for p in outcome.plan.layers}, **told}
+            )
+        else:
+            console.say(f"{out}: the plan; solve its codes with `moezip quantize CKPT OUT --plan {out}`", quiet)
+        return
     if as_json:
         console.data(dataclasses.asdict(report))
         return
