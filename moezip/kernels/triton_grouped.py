@@ -229,7 +229,7 @@ def gate_kernel(
     Args:
         y: fp32 [SPLITS, rows, y_stride], gate at n, up at y_part + n. bias: fp32 [experts, 2, y_part], if BIAS.
         experts: int64 [rows], -1 for none. widths: int32 [experts]. h: 16-bit floats [rows, h_stride].
-        GATE: silu, gelu, gelu_tanh, or swiglu: ``(min(up) + 1) gate sigmoid(alpha gate)`` with both clamped to limit.
+        GATE: silu, gelu, gelu_tanh, or clamped: ``(min(up) + 1) gate sigmoid(alpha gate)`` with both clamped to limit.
     """
     row, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * BN + tl.arange(0, BN)
     expert = tl.load(experts_ptr + row)
@@ -243,7 +243,7 @@ def gate_kernel(
         bias_at = bias_ptr + expert * 2 * y_part + columns
         gate += tl.load(bias_at, mask=real, other=0.0)
         up += tl.load(bias_at + y_part, mask=real, other=0.0)
-    if GATE == "swiglu":
+    if GATE == "clamped":
         gate = tl.minimum(gate, limit)
         up = tl.minimum(tl.maximum(up, -limit), limit) + 1
         gate = gate * tl.sigmoid(alpha * gate)

@@ -17,7 +17,7 @@ from moezip.kernels import triton_layout as layout
 
 DTYPES = (torch.float16, torch.bfloat16)
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-GATES = ("silu", "gelu", "gelu_tanh", "swiglu")
+GATES = ("silu", "gelu", "gelu_tanh", "clamped")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,7 +64,7 @@ class Stack:
 class Layer:
     """The experts of a layer. Biases: gate and up fp32 [E, 2, widest], down fp32 [E, D], or None.
 
-    ``widths`` int32 [E]: inner size of each expert, 0 for one without matrices. ``limit``, ``alpha``: of ``swiglu``.
+    ``widths`` int32 [E]: inner size of each expert, 0 for one without matrices. ``limit``, ``alpha``: of ``clamped``.
     """
 
     hidden: int
@@ -186,7 +186,7 @@ def pack_layer(
 
     Args:
         experts: gate [F, D], up [F, D], down [D, F] of each; None for one of width 0.
-        gate: ``silu``, ``gelu``, ``gelu_tanh`` (act(gate) * up) or ``swiglu`` (gpt-oss, with ``limit``, ``alpha``).
+        gate: ``silu``, ``gelu``, ``gelu_tanh`` (act(gate) * up) or ``clamped`` (gpt-oss, with ``limit``, ``alpha``).
         biases: of gate, up, down of each expert; of down alone for one of width 0.
     """
     require(gate in GATES, f"the gate is {gate!r}, not one of {', '.join(GATES)}")

@@ -43,7 +43,7 @@ def tell(reason: str) -> None:
 def laid_out(tensors: Mapping[str, torch.Tensor], grid: Grid, bias: torch.Tensor | None) -> Laid | None:
     """A matrix's stored tensors (checked) in the layout of the kernels; None, with a warning, where they cannot run."""
     packed = tensors[PACKED]
-    if packed.is_meta:
+    if packed.is_meta or packed.device.type == "cuda":  # for which there are kernels of their own
         return None
     if packed.device.type != "cpu":
         tell(f"a packed model is on {packed.device.type}, where moezip has no kernels in use")

@@ -1,8 +1,8 @@
 """Matrices that stay packed in memory, and the modules that multiply by them.
 
-On the CPU they are laid out for the C++ kernels once, and multiplied as they are (``moezip.runtime.fast``). Where that
-cannot be, and for so many tokens that torch's own product is faster all in all, one is decoded, multiplied and
-forgotten.
+On the CPU they are laid out for the C++ kernels once, and multiplied as they are (``moezip.runtime.fast``); on a GPU
+for the Triton kernels (``moezip.runtime.gpu``). Where that cannot be, and for so many tokens that torch's own product
+is faster all in all, one is decoded, multiplied and forgotten.
 
 This module imports torch, so it is imported where a model is built and nowhere else.
 """
@@ -21,7 +21,7 @@ from moezip.arch.ragged import Matrix, RaggedExperts
 from moezip.formats.packed import PACKED, SHAPE, WORD, ZERO, Grid, check, dequantize, torch_dtype, unpacked, words
 from moezip.formats.stored import CHUNK
 from moezip.kernels import products
-from moezip.runtime import fast
+from moezip.runtime import fast, gpu
 from moezip.runtime.gates import gate_of
 
 
@@ -171,6 +171,9 @@ class PackedLinear(Packed):
 
     def run(self, value: torch.Tensor) -> torch.Tensor:
         """As ``forward``, whoever calls."""
+        if gpu.is_for(value):
+            found = gpu.linear_forward(self, value)
+            return packed_rows(value, [self], self.bias) if found is None else found
         if (self.matrix is not None or self.lay_out()) and fast.can_run(value):
             tokens = value.numel() // self.columns
             if self.activations == "int8" or tokens < fast.CROSSOVER.get(value.dtype, tokens + 1):
@@ -251,8 +254,12 @@ class PackedExperts(RaggedExperts):
     def run(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         """As ``forward``, whoever calls."""
         watched = any(name.startswith("_moezip_") and name != "_moezip_number" for name in self.__dict__)
+        if not watched and gpu.is_for(hidden_states):
+            found = gpu.experts_forward(self, hidden_states, self._meant(top_k_index), top_k_weights)
+            return super().forward(hidden_states, top_k_index, top_k_weights) if found is None else found
         if watched or not fast.can_run(hidden_states) or not self.lay_out():
             return super().forward(hidden_states, top_k_index, top_k_weights)
+        top_k_index = self._meant(top_k_index)
         assert self._table is not None and self._gate is not None
         apart = self._apart | self._crowded(top_k_index, hidden_states.dtype)
         ids = top_k_index
@@ -261,6 +268,10 @@ class PackedExperts(RaggedExperts):
             ids = ids.masked_fill(others, -1)
         result = fast.experts(self._table, hidden_states, ids, top_k_weights, self._gate, self.activations)
         return self._add_decoded(result, apart, hidden_states, top_k_index, top_k_weights)
+
+    def _meant(self, ids: torch.Tensor) -> torch.Tensor:
+        """The experts that rows of the router stand for: merged ones have several."""
+        return ids if self._remap is None else self._remap.to(ids.device)[ids]
 
     def _crowded(self, ids: torch.Tensor, dtype: torch.dtype) -> frozenset[int]:
         """Experts with so many tokens that they are faster decoded."""
