@@ -16,9 +16,11 @@ from moezip.formats.packed import Grid
 from moezip.pipeline.bits import WIDTHS, Job, PriceTable, price_bits
 from moezip.pipeline.calibrate import run_calibration
 from moezip.pipeline.common import Common, Opened
+from moezip.pipeline.flat import GAP, flat_costs, flat_drops, flat_prices, flat_scores
 from moezip.plan.allocators import ALLOCATORS
 from moezip.plan.bits import allocate
 from moezip.plan.importance import block_importance, by_score, outlier_score
+from moezip.plan.lp import GAP as SOLVED_GAP
 from moezip.plan.plan import LayerPlan, Pick, Plan
 from moezip.plan.pmq import WIDTHS as PMQ_WIDTHS
 from moezip.plan.pmq import code_bits, costs, pmq
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
 LEAST_OTHERS = 4
 # Linears that are no experts' are read by every token: the allocators leave them at least so many bits.
 LEAST_FREE = 2
+# What ``Wanted.allocate`` is where a plan brings the widths.
+PLANNED = "plan"
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,19 +190,43 @@ class Chooser:
             UsageError, PlanError: a budget that cannot be met, or a choice that the reader cannot read.
         """
         wanted = self.wanted
+        expected = self.forecast()  # a budget that nothing fits must not wait for the passes
         if wanted.allocate == "uniform":
-            assert wanted.bits is not None
-            packing, _ = uniform(self.items, int(wanted.bits), wanted.group, wanted.storage)
-            return Widths(packing, self.plan, self.left)
+            return expected
         if wanted.allocate in ("outlier", "block"):
-            return self._by_score()
+            return self._by_score(self._scores())
         stats = run_calibration(
             self.model, self.texts, self.common, record=["gradients"], workdir=self.folder.parent
         )  # fmt: skip
         table = self._prices(stats)
         if wanted.allocate == "pmq":
-            return self._pmq(stats, table)
-        return self._lp(stats, table)
+            return self._pmq(self._pmq_costs(stats, table), table)
+        return self._lp(self._drops(stats), table, wanted.granularity)
+
+    def forecast(self) -> Widths:
+        """What the choice would come to if every weight mattered alike, from headers alone.
+
+        Sizes are right; who gets which width is not known yet, except with ``uniform``.
+
+        Raises:
+            UsageError, PlanError: as of ``choose``.
+        """
+        wanted, facts = self.wanted, self.model.facts
+        if wanted.allocate == "uniform":
+            assert wanted.bits is not None
+            packing, _ = uniform(self.items, int(wanted.bits), wanted.group, wanted.storage)
+            return Widths(packing, self.plan, self.left)
+        if wanted.allocate in ("outlier", "block"):
+            return self._by_score(flat_scores(self.items, wanted.allocate == "block"))
+        table = flat_prices(self.items, [wanted.grid(bits) for bits in WIDTHS])
+        if wanted.allocate == "pmq":
+            found = self._pmq(flat_costs(facts), table)
+        else:
+            # matrices of an expert are alike here: deciding on them together takes a fifth of the time
+            coarse = "expert" if wanted.granularity == "role" else wanted.granularity
+            drops = flat_drops(self.items, facts) if wanted.params.drops else None
+            found = self._lp(drops, table, coarse, GAP)
+        return replace(found, nats=None)
 
     # -- lp -------------------------------------------------------------------------------------------------
 
@@ -251,31 +279,42 @@ class Chooser:
         each = [expert_prices(domain) for domain in stats.domains]
         return {fact.layer: np.mean([prices[fact.layer] for prices in each], axis=0) for fact in self.model.facts}
 
-    def _lp(self, stats: Statistics, table: PriceTable) -> Widths:
+    def _lp(
+        self, drops: dict[int, Any] | None, table: PriceTable, granularity: Granularity, gap: float = SOLVED_GAP
+    ) -> Widths:
         matrices = self._matrices(table)
         reader = READERS["moezip" if self.wanted.reader is None else self.wanted.reader]
-        drops = self._drops(stats) if reader.counts_differ or self.wanted.granularity in ("layer", "model") else None
+        if not reader.counts_differ and granularity not in ("layer", "model"):
+            drops = None
         allocation = allocate(
             matrices,
             self._budget(matrices),
             facts=self.model.facts,
             drops=drops,
-            granularity=self.wanted.granularity,
+            granularity=granularity,
             reader=self.wanted.reader,
+            gap=gap,
         )
         return self._widths(matrices, allocation, table)
 
     # -- the others -----------------------------------------------------------------------------------------
 
-    def _pmq(self, stats: Statistics, table: PriceTable) -> Widths:
+    def _pmq_costs(self, stats: Statistics, table: PriceTable) -> dict[int, Any]:
+        """[E, 3] by layer."""
+        found = {}
+        for fact in self.model.facts:
+            named = [domain.layers[fact.layer] for domain in stats.domains]
+            counts, gates = (np.sum([each[key] for each in named], axis=0) for key in ("counts", "gate_sum"))
+            found[fact.layer] = costs(counts, gates, table.losses[fact.layer], self.wanted.params)
+        return found
+
+    def _pmq(self, cost: Mapping[int, Any], table: PriceTable) -> Widths:
+        """``cost``: [E, 3] by layer."""
         wanted = self.wanted
         assert wanted.bits is not None
         bits: dict[tuple[int, int], int] = {}
         for fact in self.model.facts:
-            named = [domain.layers[fact.layer] for domain in stats.domains]
-            counts, gates = (np.sum([each[key] for each in named], axis=0) for key in ("counts", "gate_sum"))
-            cost = costs(counts, gates, table.losses[fact.layer], wanted.params)
-            for expert, width in enumerate(pmq(cost, code_bits(fact.experts, wanted.bits))):
+            for expert, width in enumerate(pmq(cost[fact.layer], code_bits(fact.experts, wanted.bits))):
                 bits[fact.layer, expert] = width
         matrices = [
             matrix
@@ -295,24 +334,26 @@ class Chooser:
             line += "; gate weights are those after renormalising, where the paper takes them before"
         return replace(widths, lines=(*widths.lines, line))
 
-    def _by_score(self) -> Widths:
-        wanted, scores = self.wanted, {}
-        layers = {} if wanted.allocate == "outlier" else self._turning()
+    def _scores(self) -> dict[str, float]:
+        """Of the experts' matrices, by name."""
+        layers = {} if self.wanted.allocate == "outlier" else self._turning()
+        return {
+            item.name: layers[item.layer] if item.layer in layers else outlier_score(self.split.read(item.name))
+            for item in self.items
+            if item.expert is not None
+        }
+
+    def _by_score(self, scores: Mapping[str, float]) -> Widths:
+        wanted = self.wanted
+        grids = [wanted.grid(bits) for bits in range(1, 9)]
         matrices = []
         for item in self.items:
-            plain = self.split.spec(item.name).bytes
+            forms: dict[Form, float] = dict.fromkeys(grids, 0.0)
             if item.expert is None:
                 own = others_bits(item.kind, 1, wanted.storage)
-                form = None if own == UNPACKED else wanted.grid(own)
-                matrices.append(Matrix(item.name, item.kind, item.shape, item.layer, None, {form: 0.0}, plain))
-                continue
-            assert item.layer is not None
-            scores[item.name] = (
-                outlier_score(self.split.read(item.name)) if wanted.allocate == "outlier" else layers[item.layer]
-            )
-            forms: dict[Form, float] = {wanted.grid(bits): 0.0 for bits in range(1, 9)}
+                forms = {None if own == UNPACKED else wanted.grid(own): 0.0}
+            plain = self.split.spec(item.name).bytes
             matrices.append(Matrix(item.name, item.kind, item.shape, item.layer, item.expert, forms, plain))
-        grids = [wanted.grid(bits) for bits in range(1, 9)]
         allocation = by_score(matrices, scores, self._budget(matrices), grids, wanted.allocate)
         return self._widths(matrices, replace(allocation, nats=None), None)
 
@@ -357,6 +398,21 @@ class Chooser:
         packing = {renumbered(name): grid for name, grid in allocation.packing.items()}
         shown = width_table(matrices, allocation)
         return Widths(packing, plan, self.left, allocation.nats, shown, tuple(lines), facts)
+
+
+def planned(plan: Plan, split: Source) -> Widths:
+    """The widths that a plan brings.
+
+    Raises:
+        PlanError: matrices that are not there, or that the groups do not divide.
+    """
+    names = set(split.names())
+    for name, grid in plan.packing.items():
+        if name not in names:
+            raise PlanError(f"the plan names {name}, which what it makes of the checkpoint does not have",
+                            next="use the plan with the checkpoint that it was made for")  # fmt: skip
+        grid.groups(split.spec(name).shape[1])
+    return Widths(dict(plan.packing), replace(plan, packing={}, mtp="drop"), nats=plan.made_by.get("predicted_nats"))
 
 
 # Rows on which layers are compared; the mean over so many tokens moves in the third digit at most.
