@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moezip.arch.libraries import import_model_code
 from moezip.errors import MoezipError
 from moezip.pipeline.common import Clock, Common, Opened, opened, refuse_file
 from moezip.pipeline.probes import KINDS, PROBES, with_probes
@@ -45,6 +46,7 @@ def run_calibration(
         labels: of a backward pass, if the records ask for one.
         probes: decisions of each of the ``kinds`` to measure in every layer after a backward pass.
     """
+    import_model_code(model.source.config)  # before the tokenizer imports the half of it
     from moezip.calibrate.data import default_seq_len, load_rows, tokenizer_of
     from moezip.calibrate.record import GRADIENT_RECORDS, wants_gradients
     from moezip.calibrate.run import calibrate
