@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     import torch
 
 LEFT, RIGHT, ROWS, INDEX = "weight_left", "weight_right", "weight_rows", "weight_rows_index"
-SUFFIXES = (LEFT, RIGHT, ROWS, INDEX)
 _TEXT = re.compile(r"rank(?P<rank>\d+)\+(?P<rows>\d+)\Z")
 
 
@@ -74,6 +73,16 @@ def multiplied(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None = 
     if ROWS in tensors:
         whole.index_add_(0, tensors[INDEX].long(), tensors[ROWS].float())
     return whole.to(dtype or left.dtype)
+
+
+def product(value: torch.Tensor, tensors: Mapping[str, torch.Tensor], bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``value`` [..., C] times the matrix [R, C] that factors stand for, and ``bias`` [R]: [..., R]."""
+    import torch.nn.functional as F
+
+    result = F.linear(F.linear(value, tensors[RIGHT]), tensors[LEFT], bias)
+    if ROWS in tensors:
+        result = result.index_add(-1, tensors[INDEX], F.linear(value, tensors[ROWS]))
+    return result
 
 
 def require_sound(tensors: Mapping[str, torch.Tensor], where: object) -> None:

@@ -16,7 +16,7 @@ from moezip.arch.ragged import Matrix, RaggedExperts
 from moezip.arch.spec import Architecture
 from moezip.checkpoint.source import Source
 from moezip.errors import ArchitectureError
-from moezip.formats.factors import INDEX, SUFFIXES, Factors, require_sound
+from moezip.formats.factors import INDEX, Factors, product, require_sound
 from moezip.runtime.packing import AGAIN, Names
 
 
@@ -50,16 +50,15 @@ class FactoredMatrix(nn.Module):
 
     def forward(self, value: torch.Tensor) -> torch.Tensor:
         """``value`` [..., C] to [..., R]."""
-        result = F.linear(F.linear(value, self.weight_right), self.weight_left, self.bias)
-        if self.size.rows:
-            assert self.weight_rows is not None and self.weight_rows_index is not None
-            result = result.index_add(-1, self.weight_rows_index, F.linear(value, self.weight_rows))
-        return result
+        return product(value, self.tensors(), self.bias)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The stored tensors by suffix."""
+        return {suffix: getattr(self, suffix) for suffix in self.size.specs(1, 1, "")}
 
     def require_sound(self, where: str) -> None:
         """Raises CheckpointError if the places of the rows cannot be those of this matrix."""
-        tensors = {suffix: getattr(self, suffix) for suffix in SUFFIXES if hasattr(self, suffix)}
-        require_sound(tensors, where)
+        require_sound(self.tensors(), where)
 
 
 class FactoredExperts(RaggedExperts):
