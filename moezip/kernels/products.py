@@ -98,6 +98,7 @@ def lay(
     steps: NDArray[np.float32] | None = None,
     bias: NDArray[np.float32] | None = None,
     threads: int = 1,
+    into: NDArray[np.uint8] | None = None,
     library: Any = None,
 ) -> Laid:
     """Lays out packed codes, int32 words [R, ceil(C bits / 32)] of ``kernels.pack``; nothing given is kept.
@@ -107,6 +108,7 @@ def lay(
         zeros: uint8 [R, G], or None.
         steps: float32 [R], with U8 scales.
         bias: float32 [R].
+        into: memory for the codes, ``code_bytes`` of it, from ``memory``.
         library: of another instruction set than the one in use, here and below.
 
     Raises:
@@ -132,7 +134,11 @@ def lay(
     if (kind == "U8") != (steps is not None):
         raise ValueError("scales of 8 bits have steps, and no others have")
     blocks, units = -(-rows // BLOCK), groups * -(-(columns // groups) // UNIT)
-    codes = aligned((blocks, units, bits, LINE), np.uint8)
+    size = code_bytes(rows, columns, groups, bits)
+    if into is None:
+        into = memory(size)
+    check.vector("into", into, np.uint8, size)
+    codes = into.reshape(blocks, units, bits, LINE)
     (library or _native()).relay(packed, columns, groups, bits, codes, threads)
     return Laid(
         codes, _in_blocks(scales), None if zeros is None else _in_blocks(zeros), _padded(steps), _padded(bias),
@@ -166,7 +172,8 @@ def plain(laid: Laid, *, dtype: str = "float32", threads: int = 1, library: Any 
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype is float32 or bfloat16, not {dtype!r}")
     halves = dtype == "bfloat16"
-    out = aligned((laid.columns, laid.rows), np.uint16 if halves else np.float32)
+    size = laid.columns * laid.rows * (2 if halves else 4)
+    out = memory(size).view(np.uint16 if halves else np.float32).reshape(laid.columns, laid.rows)
     matrix = np.array(laid.described(), np.int64)
     (library or _native()).plain(matrix, _BF16 if halves else _F32, out, threads)
     return out
@@ -326,12 +333,20 @@ class Experts:
         )  # fmt: skip
 
 
-def aligned(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
-    """An empty array that begins with a line of the cache."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    memory = np.empty(size + LINE, np.uint8)
-    start = -memory.ctypes.data % LINE
-    return memory[start : start + size].view(dtype).reshape(shape)
+def code_bytes(rows: int, columns: int, groups: int, bits: int) -> int:
+    """Memory of the codes of a matrix as it is laid out."""
+    return -(-rows // BLOCK) * groups * -(-(columns // groups) // UNIT) * bits * LINE
+
+
+def memory(size: int) -> NDArray[np.uint8]:
+    """Bytes, not set to anything, that begin with a line of the cache.
+
+    numpy asks for huge pages from 4 MiB on, which save the processor a search for every 4 KiB: a twentieth of the time
+    of a product. So matrices that are used together had better lie in one piece.
+    """
+    whole = np.empty(size + LINE, np.uint8)
+    start = -whole.ctypes.data % LINE
+    return whole[start : start + size]
 
 
 def _in_blocks(values: NDArray[Any]) -> NDArray[Any]:

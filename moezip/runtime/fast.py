@@ -40,8 +40,15 @@ def tell(reason: str) -> None:
 # -- the layout -------------------------------------------------------------------------------------------------------
 
 
-def laid_out(tensors: Mapping[str, torch.Tensor], grid: Grid, bias: torch.Tensor | None) -> Laid | None:
-    """A matrix's stored tensors (checked) in the layout of the kernels; None, with a warning, where they cannot run."""
+def laid_out(
+    tensors: Mapping[str, torch.Tensor], grid: Grid, bias: torch.Tensor | None, into: np.ndarray | None = None
+) -> Laid | None:
+    """A matrix's stored tensors (checked) in the layout of the kernels; None, with a warning, where they cannot run.
+
+    Args:
+        bias: of the matrix.
+        into: memory for the codes.
+    """
     packed = tensors[PACKED]
     if packed.is_meta or packed.device.type == "cuda":  # for which there are kernels of their own
         return None
@@ -62,6 +69,7 @@ def laid_out(tensors: Mapping[str, torch.Tensor], grid: Grid, bias: torch.Tensor
         steps=tensors[STEP].float().flatten().numpy() if grid.double else None,
         bias=None if bias is None else bias.detach().float().contiguous().numpy(),
         threads=torch.get_num_threads(),
+        into=into,
     )
 
 

@@ -112,11 +112,20 @@ class Packed(nn.Module):
 
     # -- the kernels' layout ----------------------------------------------------------------------------------
 
-    def lay_out(self) -> bool:
-        """Brings the codes into the layout of the kernels, if these can run; whether it did, now or before."""
+    @property
+    def code_bytes(self) -> int:
+        """Memory of the codes in the layout of the kernels."""
+        return products.code_bytes(self.rows, self.columns, self.grid.groups(self.columns), self.grid.bits)
+
+    def lay_out(self, into: Any = None) -> bool:
+        """Brings the codes into the layout of the kernels, if these can run; whether it did, now or before.
+
+        Args:
+            into: memory for them, an array of ``code_bytes``.
+        """
         with _laying_out:  # several threads may run the model first; one of them lays out
             if self.matrix is None:
-                laid = fast.laid_out(self.tensors(), self.grid, self.bias)
+                laid = fast.laid_out(self.tensors(), self.grid, self.bias, into)
                 if laid is None:
                     return False
                 self.matrix = products.Linear(laid)
@@ -202,7 +211,13 @@ class PackedExperts(RaggedExperts):
         if self._table is not None:
             return True
         packed = [module for module in self.modules() if isinstance(module, Packed)]
-        if not packed or not all([module.lay_out() for module in packed]):
+        waiting = [module for module in packed if module.matrix is None]
+        piece = products.memory(sum(module.code_bytes for module in waiting))  # touched as it is filled
+        for module in waiting:
+            if not module.lay_out(piece[: module.code_bytes]):
+                return False
+            piece = piece[module.code_bytes :]
+        if not packed:
             return False
         if self._gate is None:
             fast.tell(f"the kernels do not know how {type(self._gating).__name__} joins gate and up")

@@ -154,9 +154,10 @@ static void plain_unit(const Plain& job, int64_t block, int64_t unit, int64_t pe
         if (some == LANES) store(static_cast<float*>(job.out) + to, value);
         else memcpy(static_cast<float*>(job.out) + to, &value, (size_t)(4 * some));
       } else {
-        const halves_vec half = __builtin_convertvector(rounded_halves(value) >> 16, halves_vec);
-        if (some == LANES) memcpy(static_cast<uint16_t*>(job.out) + to, &half, 2 * LANES);
-        else memcpy(static_cast<uint16_t*>(job.out) + to, &half, (size_t)(2 * some));
+        uint16_t halves[LANES];
+        uint16_t* out = static_cast<uint16_t*>(job.out) + to;
+        store_upper(some == LANES ? out : halves, rounded_halves(value));
+        if (some < LANES) memcpy(out, halves, (size_t)(2 * some));
       }
     }
   }

@@ -36,20 +36,37 @@ constexpr int64_t AHEAD = 4096;
 
 static inline uvec moved(uvec x, int from, int to) { return to >= from ? x << (to - from) : x >> (from - to); }
 
-// Bits of the code at step s of the byte that begins at bit `at` of each lane, so that the code's lowest bit is at bit
-// `low`; `every` repeats the masks over the parts of a lane. `lines` is the first line of the unit.
+// The lines of a unit, read once: left alone, the compiler reads one again for each of its fields, and reading is what
+// is scarce.
 template <int BITS>
-static inline uvec field(const uint8_t* lines, int s, int at, int low, uint32_t every, uvec into) {
-  if (BITS == 8) return (moved(load_words(lines + LINE * s), at, low) & every * (0xFFu << low)) | into;
-  if (BITS & 4) {
+struct Unit {
+  uvec line[BITS];
+  explicit inline Unit(const uint8_t* lines) {
+#pragma GCC unroll 8
+    for (int i = 0; i < BITS; ++i) {
+      __builtin_prefetch(lines + AHEAD + LINE * i);
+      line[i] = load_words(lines + LINE * i);
+#if defined(__AVX512F__)
+      asm("" : "+v"(line[i]));
+#endif
+    }
+  }
+};
+
+// Bits of the code at step s of the byte that begins at bit `at` of each lane, so that the code's lowest bit is at bit
+// `low`; `every` repeats the masks over the parts of a lane.
+template <int BITS>
+static inline uvec field(const Unit<BITS>& unit, int s, int at, int low, uint32_t every, uvec into) {
+  if constexpr (BITS == 8) return (moved(unit.line[s], at, low) & every * (0xFFu << low)) | into;
+  if constexpr (BITS & 4) {
     const int to = low + BITS - 4;
-    into |= moved(load_words(lines + LINE * (s / 2)), at + 4 * (s % 2), to) & (every * (15u << to));
+    into |= moved(unit.line[s / 2], at + 4 * (s % 2), to) & (every * (15u << to));
   }
-  if (BITS & 2) {
+  if constexpr (BITS & 2) {
     const int to = low + (BITS & 1);
-    into |= moved(load_words(lines + LINE * ((BITS & 4) + s / 4)), at + 2 * (s % 4), to) & (every * (3u << to));
+    into |= moved(unit.line[(BITS & 4) + s / 4], at + 2 * (s % 4), to) & (every * (3u << to));
   }
-  if (BITS & 1) into |= moved(load_words(lines + LINE * (BITS & 6)), at + s, low) & (every * (1u << low));
+  if constexpr ((BITS & 1) != 0) into |= moved(unit.line[BITS & 6], at + s, low) & (every * (1u << low));
   return into;
 }
 
@@ -79,18 +96,19 @@ static inline vec zero_of(const Matrix& m, int64_t at) {
 static inline const float* as_floats(const uint32_t* words) { return reinterpret_cast<const float*>(words); }
 
 template <int BITS>
-static inline uvec floats_value(const uint8_t* lines, int s, int b) {
-  return field<BITS>(lines, s, 8 * b, 23 - BITS, 1, uvec{} + 0x3F800000u);
+static inline uvec floats_value(const Unit<BITS>& unit, int s, int b) {
+  return field<BITS>(unit, s, 8 * b, 23 - BITS, 1, uvec{} + 0x3F800000u);
 }
 
 // bf16 has 7 bits. Of 8, the upper 7 go on top of 1, and the lowest on top of 1/128, as a number of its own.
 template <int BITS>
-static inline uvec halves_value(const uint8_t* lines, int s, int h) {
-  if (BITS == 8) return (moved(load_words(lines + LINE * s), 8 * h + 1, 0) & 0x007F007Fu) | 0x3F803F80u;
-  return field<BITS>(lines, s, 8 * h, 7 - BITS, 0x10001u, uvec{} + 0x3F803F80u);
+static inline uvec halves_value(const Unit<BITS>& unit, int s, int h) {
+  if (BITS == 8) return (moved(unit.line[s], 8 * h + 1, 0) & 0x007F007Fu) | 0x3F803F80u;
+  return field<BITS>(unit, s, 8 * h, 7 - BITS, 0x10001u, uvec{} + 0x3F803F80u);
 }
-static inline uvec halves_lowest(const uint8_t* lines, int s, int h) {
-  return (moved(load_words(lines + LINE * s), 8 * h, 6) & 0x00400040u) | 0x3C003C00u;
+template <int BITS>
+static inline uvec halves_lowest(const Unit<BITS>& unit, int s, int h) {
+  return (moved(unit.line[s % BITS], 8 * h, 6) & 0x00400040u) | 0x3C003C00u;
 }
 
 #if defined(__AVX512VNNI__)
@@ -100,8 +118,8 @@ constexpr bool WHOLE_BYTES = false;  // two products of 8 bits by 7 do not fit i
 #endif
 
 template <int BITS>
-static inline uvec bytes_value(const uint8_t* lines, int s) {
-  return field<BITS>(lines, s, 0, 0, 0x01010101u, uvec{});
+static inline uvec bytes_value(const Unit<BITS>& unit, int s) {
+  return field<BITS>(unit, s, 0, 0, 0x01010101u, uvec{});
 }
 
 #if defined(__AVX512BF16__)
@@ -127,25 +145,19 @@ static inline uvec dot_bytes(uvec sum, uvec codes, uint32_t four) {
 }
 #endif
 
-template <int BITS>
-static inline void fetch(const uint8_t* lines) {
-#pragma GCC unroll 8
-  for (int line = 0; line < BITS; ++line) __builtin_prefetch(lines + AHEAD + LINE * line);
-}
-
-// Sum over `units` units, from `unit` on, of x (offset + q / 2^BITS), or of x q for bytes.
+// Sum over `units` units, from `first` on, of x (offset + q / 2^BITS), or of x q for bytes.
 template <int PATH, int BITS>
-static inline vec one_token(const uint8_t* lines, int64_t units, const Token& x, int64_t unit) {
+static inline vec one_token(const uint8_t* lines, int64_t units, const Token& x, int64_t first) {
   vec sum[4] = {};
-  for (int64_t u = unit; u < unit + units; ++u, lines += LINE * BITS) {
-    fetch<BITS>(lines);
+  for (int64_t u = first; u < first + units; ++u, lines += LINE * BITS) {
+    const Unit<BITS> unit(lines);
     if constexpr (PATH == FLOATS) {
       const float* from = as_floats(x.values) + UNIT * u;
 #pragma GCC unroll 8
       for (int s = 0; s < 8; ++s)
 #pragma GCC unroll 4
         for (int b = 0; b < 4; ++b)
-          sum[b] = fused_more((vec)floats_value<BITS>(lines, s, b), splat(from[s + 8 * b]), sum[b]);
+          sum[b] = fused_more((vec)floats_value<BITS>(unit, s, b), splat(from[s + 8 * b]), sum[b]);
     }
 #if defined(__AVX512BF16__)
     if constexpr (PATH == HALVES) {
@@ -155,8 +167,8 @@ static inline vec one_token(const uint8_t* lines, int64_t units, const Token& x,
 #pragma GCC unroll 2
         for (int h = 0; h < 2; ++h) {
           vec& to = sum[2 * (s % 2) + h];
-          to = dot_halves(to, halves_value<BITS>(lines, s, h), from[s + 8 * h]);
-          if (BITS == 8) to = dot_halves(to, halves_lowest(lines, s, h), from[s + 8 * h]);
+          to = dot_halves(to, halves_value<BITS>(unit, s, h), from[s + 8 * h]);
+          if (BITS == 8) to = dot_halves(to, halves_lowest<BITS>(unit, s, h), from[s + 8 * h]);
         }
     }
 #endif
@@ -167,11 +179,11 @@ static inline vec one_token(const uint8_t* lines, int64_t units, const Token& x,
 #pragma GCC unroll 8
       for (int s = 0; s < 8; ++s) {
         if (BITS == 8 && !WHOLE_BYTES) {
-          const uvec word = load_words(lines + LINE * s);
+          const uvec word = unit.line[s % BITS];
           part[s % 2] = dot_bytes(part[s % 2], word & 0x0F0F0F0Fu, from[s]);
           high = dot_bytes(high, (word >> 4) & 0x0F0F0F0Fu, from[s]);
         } else {
-          part[s % 2] = dot_bytes(part[s % 2], bytes_value<BITS>(lines, s), from[s]);
+          part[s % 2] = dot_bytes(part[s % 2], bytes_value<BITS>(unit, s), from[s]);
         }
       }
       sum[u % 2] = fused_more(to_floats(part[0] + part[1] + (high << 4)), splat(x.steps[u]), sum[u % 2]);
@@ -186,26 +198,26 @@ constexpr int MOST_VALUES = 32, UNITS_AT_ONCE = 4;
 
 template <int PATH, int BITS>
 static inline void decode_unit(const uint8_t* lines, uvec* values) {
-  fetch<BITS>(lines);
+  const Unit<BITS> unit(lines);
   if constexpr (PATH == FLOATS) {
 #pragma GCC unroll 8
     for (int s = 0; s < 8; ++s)
 #pragma GCC unroll 4
-      for (int b = 0; b < 4; ++b) values[s + 8 * b] = floats_value<BITS>(lines, s, b);
+      for (int b = 0; b < 4; ++b) values[s + 8 * b] = floats_value<BITS>(unit, s, b);
   }
   if constexpr (PATH == HALVES) {
 #pragma GCC unroll 8
     for (int s = 0; s < 8; ++s)
 #pragma GCC unroll 2
       for (int h = 0; h < 2; ++h) {
-        values[s + 8 * h] = halves_value<BITS>(lines, s, h);
-        if (BITS == 8) values[16 + s + 8 * h] = halves_lowest(lines, s, h);
+        values[s + 8 * h] = halves_value<BITS>(unit, s, h);
+        if (BITS == 8) values[16 + s + 8 * h] = halves_lowest<BITS>(unit, s, h);
       }
   }
   if constexpr (PATH == BYTES) {
 #pragma GCC unroll 8
     for (int s = 0; s < 8; ++s) {
-      values[s] = bytes_value<BITS>(lines, s);
+      values[s] = bytes_value<BITS>(unit, s);
       if (BITS == 8 && !WHOLE_BYTES) values[8 + s] = (values[s] >> 4) & 0x0F0F0F0Fu, values[s] &= 0x0F0F0F0Fu;
     }
   }
@@ -276,52 +288,79 @@ static inline void by_tokens(int tokens, const uvec* values, int parts, int64_t 
 
 // -- a block of rows ----------------------------------------------------------------------------------------------
 
+// Scale and zero upon the sum of a group, and the sums of its activations.
 template <int PATH, int BITS>
-static void block_product(const Matrix& m, int tokens, int64_t block, const Token* x, float* out) {
+static inline vec with_scale(vec sum, vec scale, vec zero, vec group, float activations) {
   constexpr float SPAN = (float)(1 << BITS);
   // what a code of 0 counts as before the zero is taken off
   constexpr float OFFSET = PATH == BYTES ? 0.0f : PATH == HALVES && BITS == 8 ? SPAN + SPAN / 128 : SPAN;
+  const vec whole = PATH == BYTES ? group : group * SPAN;
+  return fused_more(scale, fused_less(zero + OFFSET, splat(activations), whole), sum);
+}
+
+// What the matrix adds when all groups are summed.
+template <int BITS>
+static inline void finish(const Matrix& m, int64_t at, vec value, float* out) {
+  if (m.steps) value *= load(reinterpret_cast<const float*>(m.steps) + at);
+  if (BITS == 1) value += value;  // a scale of one bit is half a step
+  if (m.bias) value += load(reinterpret_cast<const float*>(m.bias) + at);
+  store(out, value);
+}
+
+template <int PATH, int BITS>
+static void block_of_one(const Matrix& m, int64_t block, const Token& x, float* out) {
+  const int64_t group = m.columns / m.groups, per = (group + UNIT - 1) / UNIT;
+  const uint8_t* lines = reinterpret_cast<const uint8_t*>(m.codes) + block * m.groups * per * LINE * BITS;
+  vec sum[BLOCK_VECTORS] = {};
+  for (int64_t g = 0; g < m.groups; ++g, lines += per * LINE * BITS) {
+    float all = 0;
+#pragma GCC unroll 1
+    for (int64_t u = g * per; u < (g + 1) * per; ++u) all += x.sums[u];
+#pragma GCC unroll 4
+    for (int v = 0; v < BLOCK_VECTORS; ++v) {
+      const int64_t at = (block * m.groups + g) * BLOCK_ROWS + LANES * v;
+      const vec found = one_token<PATH, BITS>(lines + 4 * LANES * v, per, x, g * per);
+      sum[v] = with_scale<PATH, BITS>(sum[v], scale_of(m, at), zero_of(m, at), found, all);
+    }
+  }
+  for (int v = 0; v < BLOCK_VECTORS; ++v) finish<BITS>(m, block * BLOCK_ROWS + LANES * v, sum[v], out + LANES * v);
+}
+
+template <int PATH, int BITS>
+static void block_of_many(const Matrix& m, int tokens, int64_t block, const Token* x, float* out) {
   constexpr int PARTS = BITS == 8 && (PATH == HALVES || (PATH == BYTES && !WHOLE_BYTES)) ? 2 : 1;
   const int64_t group = m.columns / m.groups, per = (group + UNIT - 1) / UNIT;
   const uint8_t* lines = reinterpret_cast<const uint8_t*>(m.codes) + block * m.groups * per * LINE * BITS;
   vec sum[BLOCK_VECTORS][TOKENS_AT_ONCE] = {};
+  uvec values[UNITS_AT_ONCE * MOST_VALUES];
   for (int64_t g = 0; g < m.groups; ++g, lines += per * LINE * BITS) {
-    float all[TOKENS_AT_ONCE];
-    for (int t = 0; t < tokens; ++t) {
-      all[t] = 0;
-      for (int64_t u = g * per; u < (g + 1) * per; ++u) all[t] += x[t].sums[u];
-    }
+    float all[TOKENS_AT_ONCE] = {};
+    for (int64_t u = g * per; u < (g + 1) * per; ++u)
+#pragma GCC unroll 1
+      for (int t = 0; t < tokens; ++t) all[t] += x[t].sums[u];
     for (int v = 0; v < BLOCK_VECTORS; ++v) {
-      vec total[TOKENS_AT_ONCE] = {};
       const uint8_t* from = lines + 4 * LANES * v;
-      if (tokens == 1) {
-        total[0] = one_token<PATH, BITS>(from, per, x[0], g * per);
-      } else {
-        for (int64_t u = 0; u < per; u += UNITS_AT_ONCE) {
-          uvec values[UNITS_AT_ONCE * MOST_VALUES];
-          const int64_t units = per - u < UNITS_AT_ONCE ? per - u : UNITS_AT_ONCE;
-          for (int64_t i = 0; i < units; ++i, from += LINE * BITS) decode_unit<PATH, BITS>(from, values + MOST_VALUES * i);
-          by_tokens<PATH>(tokens, values, PARTS, units, x, g * per + u, total);
-        }
+      vec total[TOKENS_AT_ONCE] = {};
+      for (int64_t u = 0; u < per; u += UNITS_AT_ONCE) {
+        const int64_t units = per - u < UNITS_AT_ONCE ? per - u : UNITS_AT_ONCE;
+        for (int64_t i = 0; i < units; ++i, from += LINE * BITS)
+          decode_unit<PATH, BITS>(from, values + MOST_VALUES * i);
+        by_tokens<PATH>(tokens, values, PARTS, units, x, g * per + u, total);
       }
       const int64_t at = (block * m.groups + g) * BLOCK_ROWS + LANES * v;
-      const vec scale = scale_of(m, at), below = zero_of(m, at) + OFFSET;
-      for (int t = 0; t < tokens; ++t) {
-        const vec whole = PATH == BYTES ? total[t] : total[t] * SPAN;
-        sum[v][t] = fused_more(scale, fused_less(below, splat(all[t]), whole), sum[v][t]);
-      }
+      const vec scale = scale_of(m, at), zero = zero_of(m, at);
+      for (int t = 0; t < tokens; ++t) sum[v][t] = with_scale<PATH, BITS>(sum[v][t], scale, zero, total[t], all[t]);
     }
   }
-  for (int v = 0; v < BLOCK_VECTORS; ++v) {
-    const int64_t at = block * BLOCK_ROWS + LANES * v;
-    for (int t = 0; t < tokens; ++t) {
-      vec value = sum[v][t];
-      if (m.steps) value *= load(reinterpret_cast<const float*>(m.steps) + at);
-      if (BITS == 1) value += value;  // a scale of one bit is half a step
-      if (m.bias) value += load(reinterpret_cast<const float*>(m.bias) + at);
-      store(out + BLOCK_ROWS * t + LANES * v, value);
-    }
-  }
+  for (int v = 0; v < BLOCK_VECTORS; ++v)
+    for (int t = 0; t < tokens; ++t)
+      finish<BITS>(m, block * BLOCK_ROWS + LANES * v, sum[v][t], out + BLOCK_ROWS * t + LANES * v);
+}
+
+template <int PATH, int BITS>
+static inline void block_product(const Matrix& m, int tokens, int64_t block, const Token* x, float* out) {
+  if (tokens == 1) block_of_one<PATH, BITS>(m, block, *x, out);
+  else block_of_many<PATH, BITS>(m, tokens, block, x, out);
 }
 
 template <int PATH>
@@ -367,25 +406,33 @@ static inline uint32_t float_to_half(float value) {
 }
 
 static void prepare_bytes(const float* from, uint32_t* values, float* sum, float* step) {
-  float top = 0;
-  for (int i = 0; i < UNIT; ++i) top = fabsf(from[i]) > top ? fabsf(from[i]) : top;
-  const float size = top / 127.0f, inverse = top > 0 ? 127.0f / top : 0.0f;
-  int32_t whole[UNIT], count = 0;
-  for (int i = 0; i < UNIT; ++i) {
-    const float place = from[i] * inverse;
-    whole[i] = (int32_t)((place + SHIFT) - SHIFT);
-    count += whole[i];
+  constexpr int COUNT = (int)UNIT / LANES;
+  vec x[COUNT], largest = {};
+  for (int i = 0; i < COUNT; ++i) {
+    x[i] = load(from + LANES * i);
+    largest = larger((vec)((uvec)x[i] & 0x7FFFFFFFu), largest);
   }
-#if defined(__AVX2__)
-  for (int s = 0; s < 8; ++s)
-    values[s] = (uint32_t)(whole[s] & 255) | (uint32_t)(whole[s + 8] & 255) << 8 |
-                (uint32_t)(whole[s + 16] & 255) << 16 | (uint32_t)(whole[s + 24] & 255) << 24;
-#else
-  float* floats = reinterpret_cast<float*>(values);
-  for (int i = 0; i < UNIT; ++i) floats[i] = size * (float)whole[i];
-#endif
-  *sum = size * (float)count;
+  float top = 0;
+  for (int lane = 0; lane < LANES; ++lane) top = largest[lane] > top ? largest[lane] : top;
+  const float size = top / 127.0f, inverse = top > 0 ? 127.0f / top : 0.0f;
+  vec count = {};
+  alignas(64) int32_t whole[UNIT];
+  for (int i = 0; i < COUNT; ++i) {
+    x[i] = nearest(x[i] * inverse);
+    count += x[i];
+    store_words(whole + LANES * i, (uvec)__builtin_convertvector(x[i], ivec));
+  }
+  float all = 0;
+  for (int lane = 0; lane < LANES; ++lane) all += count[lane];
+  *sum = size * all;
   *step = size;
+  if (BYTES_TOO) {
+    for (int s = 0; s < 8; ++s)
+      values[s] = (uint32_t)(whole[s] & 255) | (uint32_t)(whole[s + 8] & 255) << 8 |
+                  (uint32_t)(whole[s + 16] & 255) << 16 | (uint32_t)whole[s + 24] << 24;
+  } else {
+    for (int i = 0; i < COUNT; ++i) store(reinterpret_cast<float*>(values) + LANES * i, x[i] * size);
+  }
 }
 
 void prepare(const Prepare& job, int64_t first, int64_t last) {
@@ -415,16 +462,16 @@ void prepare(const Prepare& job, int64_t first, int64_t last) {
         float filled[UNIT] = {};
         if (job.dtype == BF16) {
           const uint16_t* from = reinterpret_cast<const uint16_t*>(job.from) + column;
-          for (int64_t i = 0; i < there; ++i) filled[i] = half_to_float(from[i]);
+          if (there == UNIT) {
+            for (int i = 0; i < UNIT; i += LANES) store(filled + i, (vec)(widened(from + i) << 16));
+          } else {
+            for (int64_t i = 0; i < there; ++i) filled[i] = half_to_float(from[i]);
+          }
         } else {
           memcpy(filled, reinterpret_cast<const float*>(job.from) + column, (size_t)(4 * there));
         }
         if (job.path == BYTES) {
-#if defined(__AVX2__)
-          prepare_bytes(filled, values + 8 * unit, sum, job.steps + token * job.units + unit);
-#else
-          prepare_bytes(filled, values + UNIT * unit, sum, job.steps + token * job.units + unit);
-#endif
+          prepare_bytes(filled, values + (BYTES_TOO ? 8 : UNIT) * unit, sum, job.steps + token * job.units + unit);
           continue;
         }
         float total = 0;

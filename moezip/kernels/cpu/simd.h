@@ -39,16 +39,39 @@ static inline void store(float* to, vec v) { *reinterpret_cast<loose*>(to) = v; 
 
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t loose_words __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef uint16_t halves_vec __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
-typedef uint8_t bytes_vec __attribute__((vector_size(LANES), aligned(1), may_alias));
 
 static inline uvec load_words(const void* from) { return *reinterpret_cast<const loose_words*>(from); }
 static inline void store_words(void* to, uvec v) { *reinterpret_cast<loose_words*>(to) = v; }
+// Written out, because compilers take a general conversion apart into single lanes.
 static inline uvec widened(const uint16_t* from) {
-  return __builtin_convertvector(*reinterpret_cast<const halves_vec*>(from), uvec);
+#if defined(__AVX512F__)
+  return (uvec)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__AVX2__)
+  return (uvec)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+  return uvec{from[0], from[1], from[2], from[3]};
+#endif
 }
 static inline uvec widened(const uint8_t* from) {
-  return __builtin_convertvector(*reinterpret_cast<const bytes_vec*>(from), uvec);
+#if defined(__AVX512F__)
+  return (uvec)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#elif defined(__AVX2__)
+  return (uvec)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+#else
+  return uvec{from[0], from[1], from[2], from[3]};
+#endif
+}
+// The upper half of each lane.
+static inline void store_upper(uint16_t* to, uvec v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)v, 16)));
+#elif defined(__AVX2__)
+  const __m256i low = _mm256_srli_epi32((__m256i)v, 16);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                   _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1)));
+#else
+  for (int lane = 0; lane < LANES; ++lane) to[lane] = (uint16_t)(v[lane] >> 16);
+#endif
 }
 static inline vec to_floats(uvec whole) { return __builtin_convertvector((ivec)whole, vec); }
 
