@@ -244,7 +244,7 @@ def views(
         plan: seen through this plan. values: its solved values.
 
     Raises:
-        PlanError: the plan is for another checkpoint, or has packed matrices already.
+        PlanError: the plan is for another checkpoint, or has packed or factored matrices already.
     """
     plain = decoded(model.source)
     if plan is None:
@@ -253,6 +253,8 @@ def views(
     if plan.packing:
         raise PlanError("the plan has packed matrices already", next="use a plan that only chooses experts or neurons")
     plan = replace(plan, mtp="drop")
+    if plan.factors:
+        raise PlanError("factors of matrices cannot be quantized", next="merge without factors, or leave them as they are")
     if plan.merges:
         return Merged(plain, plan, values), Merged(plain, plan, values, split=True)
     return Applied(plain, plan), Applied(plain, plan, split=True)
