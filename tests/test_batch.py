@@ -170,10 +170,10 @@ def test_an_interrupted_batch_goes_on(
 
     write = batch.write_plan
 
-    def second_job(source: Any, plan: Any, out: Path, *rest: Any) -> Any:
+    def second_job(source: Any, plan: Any, out: Path, *rest: Any, **options: Any) -> Any:
         if out.name == "wide":
             raise KeyboardInterrupt
-        return write(source, plan, out, *rest)
+        return write(source, plan, out, *rest, **options)
 
     with monkeypatch.context() as patched:
         patched.setattr(batch, "write_plan", second_job)
@@ -362,9 +362,9 @@ jobs:
         '[{prune: {method: random, keep: 4}}, {evaluate: {data: "demo:heldout"}}, {quantize: {bits: 4, solver: rtn}}]',
     ],
 )
-def test_a_job_quantizes_once_and_right_behind_its_prune(steps: str, tmp_path: Path) -> None:
+def test_a_job_prunes_then_quantizes_with_nothing_between(steps: str, tmp_path: Path) -> None:
     text = f"version: 1\nmodel: demo\noutput: {tmp_path / 'o'}\njobs:\n  a: {{steps: {steps}}}\n"
     (tmp_path / "r.yaml").write_text(text)
-    with pytest.raises(RecipeError, match="quantize once"):
+    with pytest.raises(RecipeError, match="each once, in this order"):
         run_recipe(load(tmp_path / "r.yaml"), Common())
     assert not (tmp_path / "o").exists()

@@ -362,17 +362,113 @@ def test_prune_after_merge_and_merge_after_prune(tiny: Tiny, text: Path, tmp_pat
         assert cli("evaluate", tmp_path / out, "--data", text, "--seq-len", 64).code == 0
 
 
-def test_quantize_takes_a_plan_that_merges(tiny: Tiny, text: Path, tmp_path: Path, cli: Cli) -> None:
-    """By view it is what quantizing the written merge is."""
-    folder, plan = tiny("qwen3_moe", dtype="bfloat16"), tmp_path / "plan.json"
-    assert cli(*words(folder, plan, "average", text), "--plan-only").code == 0
-    assert cli("apply", folder, plan, tmp_path / "merged").code == 0
-    bits = ("--bits", 4, "--solver", "rtn", "--group-size", 0)
-    assert cli("quantize", tmp_path / "merged", tmp_path / "twice", *bits).code == 0
-    answer = cli("quantize", folder, tmp_path / "once", *bits, "--plan", plan)
+@ways
+def test_quantize_takes_a_plan_that_merges(way: str, tiny: Tiny, text: Path, tmp_path: Path, cli: Cli) -> None:
+    """By view it is what quantizing the written merge is; so it is by way of a plan with widths."""
+    folder, plan, wide = tiny("qwen3_moe", dtype="bfloat16"), tmp_path / "p" / "plan.json", tmp_path / "w" / "plan.json"
+    assert cli(*words(folder, plan, way, text), "--plan-only").code == 0
+    solver, bits = ("--solver", "rtn"), ("--bits", 4, "--group-size", 0)
+    assert cli("quantize", folder, tmp_path / "once", *solver, *bits, "--plan", plan).code == 0
+    assert cli("quantize", folder, wide, *solver, *bits, "--plan", plan, "--plan-only").code == 0
+    assert cli("quantize", folder, tmp_path / "planned", *solver, "--plan", wide).code == 0
+    once = tensors(tmp_path / "once")
+    assert same(once, tensors(tmp_path / "planned"))
+    assert cli("verify", tmp_path / "once").code == 0
+    assert cli("evaluate", tmp_path / "once", "--data", text, "--seq-len", 64, "--tokens", 64).code == 0
+    if way != "all rows":  # a checkpoint that has more rows than experts is not compressed again
+        assert cli("apply", folder, plan, tmp_path / "merged").code == 0
+        assert cli("quantize", tmp_path / "merged", tmp_path / "twice", *solver, *bits).code == 0
+        assert same(once, tensors(tmp_path / "twice"))
+
+
+def same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+RECIPE = """
+version: 1
+model: {model}
+output: {out}
+seq_len: 64
+calibration:
+  one: {{data: {text}, tokens: 1024}}
+jobs:
+  alone:
+    steps:
+      - merge: {{method: m-smoe, keep: 4, settings: {{router: remap}}}}
+      - evaluate: {{data: {text}, tokens: 256}}
+  values:
+    steps:
+      - merge: {{method: dern, keep: 6, settings: {{threshold: -1}}}}
+      - quantize: {{bits: 4, solver: rtn, group_size: 0}}
+  both:
+    steps:
+      - prune: {{method: reap, keep: 6}}
+      - merge: {{method: m-smoe, keep: 4}}
+  three:
+    steps:
+      - prune: {{method: reap, keep: 6}}
+      - merge: {{method: dern, keep: 4, settings: {{threshold: -1}}}}
+      - quantize: {{bits: 4, solver: rtn, group_size: 0}}
+"""
+
+
+def test_recipes_merge_by_view(tiny: Tiny, text: Path, tmp_path: Path, cli: Cli) -> None:
+    """Every job of the recipe gives what the commands give one after the other, with checkpoints in between."""
+    folder, out = tiny("qwen3_moe", dtype="bfloat16"), tmp_path / "out"
+    (tmp_path / "r.yaml").write_text(RECIPE.format(model=folder, out=out, text=text))
+    answer = cli("run", tmp_path / "r.yaml", "--json")
     assert answer.code == 0, answer.err
-    once, twice = tensors(tmp_path / "once"), tensors(tmp_path / "twice")
-    assert once.keys() == twice.keys() and all(torch.equal(once[key], twice[key]) for key in once)
+    jobs = {job["name"]: job for job in answer.json["jobs"]}
+    assert jobs["alone"]["evaluations"][0]["tokens"] > 200
+    assert jobs["both"]["report"]["experts_before"] == [8, 8, 8] and jobs["both"]["report"]["experts_after"] == [4] * 3
+    assert not (out / "work").exists() or not any((out / "work").iterdir())
+
+    data = ("--data", text, "--tokens", TOKENS, "--seq-len", 64)
+    bits = ("--bits", 4, "--solver", "rtn", "--group-size", 0)
+    dern = ("--method", "dern", "--set", "threshold=-1")
+    chain: tuple[tuple[object, ...], ...] = (
+        ("merge", folder, tmp_path / "alone", "--keep", 4, "--set", "router=remap", *data),
+        ("merge", folder, tmp_path / "dern", "--keep", 6, *dern, *data),
+        ("quantize", tmp_path / "dern", tmp_path / "values", *bits),
+        ("prune", folder, tmp_path / "pruned", "--method", "reap", "--keep", 6, *data),
+        ("merge", tmp_path / "pruned", tmp_path / "both", "--keep", 4, *data),
+        ("merge", tmp_path / "pruned", tmp_path / "dern2", "--keep", 4, *dern, *data),
+        ("quantize", tmp_path / "dern2", tmp_path / "three", *bits),
+    )
+    for step in chain:
+        answer = cli(*step)
+        assert answer.code == 0, answer.err
+    for name in jobs:
+        assert same(tensors(out / name), tensors(tmp_path / name)), name
+        assert cli("verify", out / name).code == 0
+        # the plan in the output is for the recipe's model
+        assert cli("apply", folder, out / name / "moezip" / "plan.json", tmp_path / f"{name}-again").code == 0
+        assert model_files(tmp_path / f"{name}-again") == model_files(out / name)
+    assert all(job["skipped"] for job in cli("run", tmp_path / "r.yaml", "--json").json["jobs"])
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ("[{merge: {method: m-smoe, keep: 6}}, {prune: {method: reap, keep: 4}}]", "moezip prune"),
+        ("[{merge: {method: m-smoe, keep: 6}}, {merge: {method: m-smoe, keep: 4}}]", "each once"),
+        ("[{prune: {method: heapr, ratio: 0.5}}, {merge: {method: m-smoe, keep: 4}}]", "neurons"),
+        ("[{prune: {method: reap, keep: 6}}, {merge: {method: m-smoe, keep: 4, settings: {router: remap}}}]", "remap"),
+        ("[{prune: {method: reap, keep: 4}}, {merge: {method: m-smoe, keep: 6}}]", "cannot keep 6 of 4"),
+        ("[{merge: {method: m-smo, keep: 6}}]", "did you mean 'm-smoe'"),
+        ("[{merge: {method: m-smoe, keep: 6, settings: {aling: none}}}]", "aling"),
+        ("[{merge: {method: m-smoe}}]", "either keep"),
+        ("[{merge: {method: m-smoe, keep: 6, calibration: []}}]", "this merge has no calibration"),
+    ],
+)
+def test_what_recipes_cannot_do_is_told_first(
+    steps: str, message: str, tiny: Tiny, text: Path, tmp_path: Path, cli: Cli
+) -> None:
+    head = RECIPE.format(model=tiny("qwen3_moe", dtype="bfloat16"), out=tmp_path / "out", text=text)
+    (tmp_path / "r.yaml").write_text(head.partition("jobs:")[0] + f"jobs:\n  a: {{steps: {steps}}}\n")
+    answer = cli("run", tmp_path / "r.yaml")
+    assert answer.code in (1, 2) and message in answer.err and not (tmp_path / "out").exists(), answer.err
 
 
 def test_the_work_folder_of_another_job_is_refused(tiny: Tiny, text: Path, tmp_path: Path, cli: Cli) -> None:

@@ -166,7 +166,7 @@ def test_needs_order_the_jobs_and_otherwise_the_file_does(write):
         ("  half:\n", "  half:\n    needs: [half]\n", 7, ["half -> half"]),
         ("  half:\n", "  ../half:\n", 6, ["'../half' cannot be a name", "names of folders"]),
         ("  half:\n", "  half:\n    sweep: {ratio: [0.25]}\n", 7, ["'sweep' comes in a later", "one job per value"]),
-        ("      - evaluate:", "      - merge:", 12, ["'merge' comes in a later version"]),
+        ("      - evaluate:", "      - fit:", 12, ["'fit' comes in a later version"]),
         ("      - evaluate:", "      - evalute:", 12, ["unknown key 'evalute'", "did you mean 'evaluate'?"]),
         ("          ratio: 0.5\n", "          ratio: 0.5\n          ratio: 0.25\n", 11, ["is there twice", "line 10"]),
         ("  code: {data: code.txt, tokens: 512}\n", "  {}\n", 11, ["no calibration is called 'code'"]),

@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ from moezip.errors import RecipeError
 from moezip.pipeline.calibrate import run_calibration
 from moezip.pipeline.common import Clock, Common, Opened, opened
 from moezip.pipeline.evaluate import evaluate_command
+from moezip.pipeline.merge import passing as merge_passing
+from moezip.pipeline.merge_steps import Decided, check_merge, merging
 from moezip.pipeline.probes import probing
 from moezip.pipeline.prune import PruneJob, counted, make_plan, own_names, prepare_prune, write_plan
 from moezip.pipeline.quantize import QuantizeJob, prepare_quantize, quantize_command
@@ -30,9 +33,15 @@ from moezip.registry import parse_params
 
 if TYPE_CHECKING:
     from moezip.calibrate.statistics import Statistics
+    from moezip.pipeline.prune import Prepared as Pruning
+    from moezip.plan.packed import Values
     from moezip.plan.plan import Plan
-    from moezip.recipe.shape import Evaluate, Job, Prune, Quantize
+    from moezip.recipe.shape import Evaluate, Job, Merge, Prune, Quantize
     from moezip.registry import Method
+
+
+# The steps that change weights, in the order that one job may have them in.
+COMPRESS = ("prune", "merge", "quantize")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +87,21 @@ class Batch:
 
     # -- calibration ----------------------------------------------------------------------------------------
 
-    def needed(self, prune: Prune) -> list[str]:
-        """Calibration sets that a prune step reads."""
-        from moezip.prune import METHODS
+    def needed(self, step: Prune | Merge) -> list[str]:
+        """Calibration sets that a prune step reads, or a merge step of the model itself."""
+        from moezip import merge, prune
 
-        reads = next(method.reads_text for method in METHODS if method.name == prune.method)
-        return list(prune.calibration or self.recipe.calibration) if reads else []
+        methods = {method.name: method for method in (*prune.METHODS, *merge.METHODS)}
+        return list(step.calibration or self.recipe.calibration) if methods[step.method].reads_text else []
+
+    def merges(self, jobs: Iterable[Job]) -> list[Merge]:
+        """The merge steps that read the model's own statistics: not those of what a prune leaves."""
+        return [
+            step.merge
+            for job in jobs
+            for step in job.steps
+            if step.merge is not None and all(other.prune is None for other in job.steps)
+        ]
 
     @property
     def record(self) -> list[str] | None:
@@ -99,6 +117,8 @@ class Batch:
             names.update([GRADIENTS] if wants_gradients(method.needs) else [])
             params = parse_params(method, _texts(prune.settings))
             names.update(own_names(method, counted(params, kept_count(experts, prune.keep, prune.ratio))))
+        for merge in self.merges(self.recipe.jobs.values()):
+            names.update(merge_passing(check_merge(self.recipe, self.model, merge, None, self.common))["record"])
         return sorted(names) or None
 
     @property
@@ -117,6 +137,9 @@ class Batch:
             for step in job.steps:
                 if step.prune is not None:
                     names.update(self.needed(step.prune))
+            for merge in self.merges([job]):
+                names.update(self.needed(merge))
+            for step in job.steps:
                 if step.calibrate is not None:
                     names.update(step.calibrate.calibration or self.recipe.calibration)
         return [name for name in self.recipe.calibration if name in names]
@@ -181,8 +204,8 @@ class Batch:
         for step in job.steps:
             if step.evaluate is not None:
                 parts += self._contents((*step.evaluate.data, *step.evaluate.tasks))
-            if step.quantize is not None:
-                for each in step.quantize.calibration or self.recipe.calibration:
+            for action in (step.merge, step.quantize):
+                for each in () if action is None else action.calibration or self.recipe.calibration:
                     parts += self._contents(self.recipe.calibration[each].data)
         parts.append(job.model_dump_json())
         return _digest(parts)
@@ -206,26 +229,35 @@ class Batch:
                 "a job prunes twice, which this version cannot do", where=f"jobs.{name}",
                 next="write one job per pruning",
             )  # fmt: skip
+        pruning: Pruning | None = None
         for step in prunes:
-            prepare_prune(self.recipe.model, self._prune_job(step), self.common)
+            pruning = prepare_prune(self.recipe.model, self._prune_job(step), self.common)
+        for merge in (step.merge for step in self.recipe.jobs[name].steps if step.merge is not None):
+            check_merge(self.recipe, self.model, merge, pruning, self.common)
         for quantize in (step.quantize for step in self.recipe.jobs[name].steps if step.quantize is not None):
             prepare_quantize(self.recipe.model, self._quantize_job(quantize, None), self.common)
 
-    def quantizes(self, name: str) -> bool:
-        """Whether the job ends in packed weights."""
-        return any(step.quantize is not None for step in self.recipe.jobs[name].steps)
+    def writer(self, name: str) -> str | None:
+        """The step whose plan or codes are written: the last one that compresses, None without any."""
+        return next((s.verb for s in reversed(self.recipe.jobs[name].steps) if s.verb in COMPRESS), None)
 
     def _check_order(self, name: str) -> None:
-        """Raises RecipeError unless a job's quantize is one, behind its prune, with nothing measured in between."""
+        """Raises RecipeError unless a job prunes, then merges, then quantizes, each at most once, nothing between.
+
+        Or prunes several times, which is told elsewhere.
+        """
         verbs = [step.verb for step in self.recipe.jobs[name].steps if step.verb != "calibrate"]
-        if "quantize" not in verbs:
+        places = [place for place, verb in enumerate(verbs) if verb in COMPRESS]
+        given = [verbs[place] for place in places]
+        if set(given) <= {"prune"}:
             return
-        before, behind = verbs[: verbs.index("quantize")], verbs[verbs.index("quantize") + 1 :]
-        if {"prune", "quantize"} & set(behind) or ("prune" in before and before[-1] != "prune"):
+        in_order = given == [verb for verb in COMPRESS if verb in given]
+        if not in_order or places != list(range(places[0], places[0] + len(places))):
             raise RecipeError(
-                f"the job's steps are {', '.join(verbs)}; it may quantize once, right behind its prune if it has one",
+                f"the job's steps are {', '.join(verbs)}; it may prune, merge and quantize, each once, in this order, "
+                "one right behind the other",
                 where=f"jobs.{name}",
-                next="write one job per output",
+                next="write one job per output; to prune what was merged, run `moezip prune` on that output",
             )
 
     def run(self, name: str) -> JobResult:
@@ -237,18 +269,25 @@ class Batch:
         out: Path | None = None
         report: dict[str, Any] | None = None
         evaluations: list[dict[str, Any]] = []
-        plan: Plan | None = None
-        for step in self.recipe.jobs[name].steps:
-            if step.prune is not None:
-                plan = self._plan(step.prune)
-                if not self.quantizes(name):
+        made = Decided(None, None, None, ())
+        with ExitStack() as held:
+            for step in self.recipe.jobs[name].steps:
+                if step.prune is not None:
+                    made = Decided(self._plan(step.prune), None, self._statistics(step.prune), ())
+                if step.merge is not None:
+                    stats = None if made.plan is not None else self._statistics(step.merge)
+                    work = self.folder / "work" / digest[:16]
+                    made = held.enter_context(
+                        merging(self.recipe, self.model, step.merge, made.plan, stats, common, work)
+                    )
+                if step.quantize is not None:
                     out = self.folder / name
-                    report = self._prune(step.prune, plan, out, common)
-            if step.quantize is not None:
-                out = self.folder / name
-                report = self._quantize(step.quantize, plan, out, common)
-            if step.evaluate is not None:
-                evaluations.append(self._evaluate(step.evaluate, str(out or self.recipe.model), common))
+                    report = self._quantize(step.quantize, made.plan, made.values, out, common)
+                elif step.verb == self.writer(name):
+                    out = self.folder / name
+                    report = self._written(made, out, common)
+                if step.evaluate is not None:
+                    evaluations.append(self._evaluate(step.evaluate, str(out or self.recipe.model), common))
         record = {"out": None if out is None else str(out), "report": report, "evaluations": evaluations}
         _write(self.folder / f"{name}.evaluate.json", json.dumps(record, indent=2) + "\n")
         self.finish(f"job {name}", digest)
@@ -258,7 +297,7 @@ class Batch:
         weights = {name: self.recipe.calibration[name].weight for name in self.needed(step)}
         return PruneJob(step.method, step.keep, step.ratio, _texts(step.settings), weights=weights)
 
-    def _statistics(self, step: Prune) -> Statistics | None:
+    def _statistics(self, step: Prune | Merge) -> Statistics | None:
         stats: Statistics | None = None
         for name in self.needed(step):
             stats = self.statistics[name] if stats is None else stats + self.statistics[name]
@@ -269,24 +308,32 @@ class Batch:
         prepared = prepare_prune(self.recipe.model, job, self.common)
         return make_plan(prepared, job, self._statistics(step), self.common)
 
-    def _prune(self, step: Prune, plan: Plan, out: Path, common: Common) -> dict[str, Any]:
+    def _written(self, made: Decided, out: Path, common: Common) -> dict[str, Any]:
+        assert made.plan is not None
         # what stands there is of an unfinished or a changed job of this very recipe
         common = replace(common, overwrite=True)
-        return asdict(write_plan(self.model.source, plan, out, common, Clock(), self._statistics(step)))
+        report = write_plan(
+            self.model.source, made.plan, out, common, Clock(), made.stats, made.notes, values=made.values
+        )
+        return asdict(report)
 
-    def _quantize_job(self, step: Quantize, plan: Plan | None) -> QuantizeJob:
+    def _quantize_job(self, step: Quantize, plan: Plan | None, values: Values | None = None) -> QuantizeJob:
         names = self.recipe.calibration if step.calibration is None else step.calibration
         entries = {name: self.recipe.calibration[name] for name in names}
         texts = [DomainText(name, entry.data, entry.tokens) for name, entry in entries.items()]
         settings = _texts(step.settings)
         return QuantizeJob(
             step.bits, step.solver, step.allocate, step.size, step.granularity, group=step.group_size,
-            settings=settings, texts=texts, plan=plan,
+            settings=settings, texts=texts, plan=plan, values=values,
         )  # fmt: skip
 
-    def _quantize(self, step: Quantize, plan: Plan | None, out: Path, common: Common) -> dict[str, Any]:
+    def _quantize(
+        self, step: Quantize, plan: Plan | None, values: Values | None, out: Path, common: Common
+    ) -> dict[str, Any]:
         common = replace(common, overwrite=True)
-        return asdict(quantize_command(self.recipe.model, out, self._quantize_job(step, plan), common).report)
+        report = quantize_command(self.recipe.model, out, self._quantize_job(step, plan, values), common).report
+        assert report is not None  # as more than the plan was asked for
+        return asdict(report)
 
     def _evaluate(self, step: Evaluate, checkpoint: str, common: Common) -> dict[str, Any]:
         against = self.recipe.model if step.against == "source" else step.against

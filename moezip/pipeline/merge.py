@@ -76,8 +76,11 @@ class Prepared:
         return self.params.price or (self.method.looks is not None and self.method.looks(self.params))
 
 
-def prepare_merge(checkpoint: str, job: MergeJob, common: Common) -> Prepared:
-    """Raises UsageError, PlanError, CheckpointError or ArchitectureError for everything that can be known now."""
+def prepare_merge(checkpoint: str, job: MergeJob, common: Common, model: Opened | None = None) -> Prepared:
+    """A job on a checkpoint, or on a ``model`` that is open already, a view perhaps.
+
+    Raises UsageError, PlanError, CheckpointError or ArchitectureError for everything that can be known now.
+    """
     from moezip.merge import METHODS
     from moezip.plan.allocate import kept_count
 
@@ -95,7 +98,7 @@ def prepare_merge(checkpoint: str, job: MergeJob, common: Common) -> Prepared:
     remapped = params.router == "remap"
     factored = method.factored is not None
     check_reader(job.reader, counts_differ=job.scope == "model", remapped=remapped, factored=factored)
-    model = opened(checkpoint)
+    model = opened(checkpoint) if model is None else model
     require_uniform(model.source.config, "compressing", model.source.folder)
     if factored:
         require_raggable(model, "experts that are stored as factors")
@@ -359,11 +362,7 @@ def merge_command(
             plan, solved, notes = make_merge_plan(prepared, job, stats, common, workdir / FOLDER)
         values = LayerFiles(solved.folder) if plan.solved else None
         if plan_only:
-            save_plan(plan, out)
-            if values is not None:
-                from safetensors.torch import save_file
-
-                save_file({name: values.read(name) for name in plan.solved}, out.with_name(VALUES))
+            save_plan(plan, out, values)
             outcome = Outcome(plan, None)
         else:
             outcome = Outcome(

@@ -341,9 +341,15 @@ def prune_command(
     return outcome
 
 
-def save_plan(plan: Plan, out: Path) -> None:
-    """Whole or not at all."""
+def save_plan(plan: Plan, out: Path, values: Values | None = None) -> None:
+    """Whole or not at all; its solved values in the file beside it, before it."""
     out.parent.mkdir(parents=True, exist_ok=True)
+    if values is not None and plan.solved:
+        from safetensors.torch import save_file
+
+        part = out.with_name(f".{VALUES}.part")
+        save_file({name: values.read(name) for name in plan.solved}, part)
+        part.replace(out.with_name(VALUES))
     temporary = out.with_name(f".{out.name}.part")
     temporary.write_text(plan.to_json(), encoding="utf-8")
     temporary.replace(out)

@@ -18,6 +18,18 @@ current one. ``demo`` is the packaged model, ``demo:heldout/python.jsonl`` a fil
 from __future__ import annotations
 
 from moezip.recipe.load import dump, load
-from moezip.recipe.shape import Calibrate, Calibration, Evaluate, Job, Prune, Quantize, Recipe, Step
+from moezip.recipe.shape import Calibrate, Calibration, Evaluate, Job, Merge, Prune, Quantize, Recipe, Step
 
-__all__ = ["Calibrate", "Calibration", "Evaluate", "Job", "Prune", "Quantize", "Recipe", "Step", "dump", "load"]
+__all__ = [
+    "Calibrate",
+    "Calibration",
+    "Evaluate",
+    "Job",
+    "Merge",
+    "Prune",
+    "Quantize",
+    "Recipe",
+    "Step",
+    "dump",
+    "load",
+]

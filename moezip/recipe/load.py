@@ -12,15 +12,14 @@ from pydantic import BaseModel, ValidationError
 
 from moezip import demo
 from moezip.errors import RecipeError, UsageError
-from moezip.recipe.shape import Calibrate, Calibration, Evaluate, Job, Prune, Quantize, Recipe, Step
+from moezip.recipe.shape import Action, Calibrate, Calibration, Evaluate, Job, Merge, Prune, Quantize, Recipe, Step
 from moezip.recipe.text import Loc, Places, parse, put
 from moezip.registry import did_you_mean, lookup, parse_params
 
 # Things that people will look for here; saying "unknown key" would leave them guessing.
 LATER = {
     "sweep": "write one job per value",
-    "merge": "this version calibrates, prunes, quantizes and evaluates",
-    "fit": "this version calibrates, prunes, quantizes and evaluates",
+    "fit": "this version calibrates, prunes, merges, quantizes and evaluates",
 }
 
 
@@ -78,7 +77,9 @@ def dump(recipe: Recipe) -> str:
 
 def _record_at(loc: Sequence[str | int]) -> type[BaseModel] | None:
     """Which record the keys below ``loc`` belong to."""
-    verbs: dict[object, type[BaseModel]] = {"calibrate": Calibrate, "prune": Prune, "evaluate": Evaluate}
+    verbs: dict[object, type[BaseModel]] = {
+        "calibrate": Calibrate, "prune": Prune, "merge": Merge, "quantize": Quantize, "evaluate": Evaluate,
+    }  # fmt: skip
     match tuple(loc):
         case ():
             return Recipe
@@ -131,7 +132,7 @@ def _explained(error: ValidationError, places: Places) -> RecipeError:
 # -- errors of sense ----------------------------------------------------------------------------------------
 
 
-def _actions(recipe: Recipe) -> Iterator[tuple[Loc, Calibrate | Prune | Quantize | Evaluate]]:
+def _actions(recipe: Recipe) -> Iterator[tuple[Loc, Action]]:
     for name, job in recipe.jobs.items():
         for i, step in enumerate(job.steps):
             action = step.action
@@ -163,17 +164,18 @@ def _check_names(recipe: Recipe, places: Places) -> None:
                         next=f"{did_you_mean(used, recipe.calibration)}calibration: "
                         f"{', '.join(recipe.calibration) or 'none'}",
                     )
-        if isinstance(action, Prune):
+        if isinstance(action, Prune | Merge):
             _check_method(action, recipe, loc, places)
         if isinstance(action, Quantize):
             _check_solver(action, recipe, loc, places)
 
 
-def _check_method(action: Prune, recipe: Recipe, loc: Loc, places: Places) -> None:
-    from moezip.prune import METHODS  # numpy; only a recipe that prunes has to wait for it
+def _check_method(action: Prune | Merge, recipe: Recipe, loc: Loc, places: Places) -> None:
+    from moezip import merge, prune  # numpy; only a recipe that prunes or merges has to wait for it
 
+    methods, kind = (merge.METHODS, "merging") if isinstance(action, Merge) else (prune.METHODS, "pruning")
     try:
-        method = lookup(action.method, {method.name: method for method in METHODS}, "pruning method")
+        method = lookup(action.method, {method.name: method for method in methods}, f"{kind} method")
     except UsageError as error:
         raise RecipeError(error.what, where=places.where((*loc, "method")), next=error.next) from error
     try:
@@ -182,7 +184,7 @@ def _check_method(action: Prune, recipe: Recipe, loc: Loc, places: Places) -> No
         raise RecipeError(error.what, where=places.where((*loc, "settings")), next=error.next) from error
     if method.reads_text and not (recipe.calibration if action.calibration is None else action.calibration):
         raise RecipeError(
-            f"{method.name} reads statistics, and this prune has no calibration to gather them from",
+            f"{method.name} reads statistics, and this {loc[-1]} has no calibration to gather them from",
             where=places.where(loc),
             next="name some text under `calibration`",
         )
@@ -198,9 +200,7 @@ def _check_solver(action: Quantize, recipe: Recipe, loc: Loc, places: Places) ->
     except UsageError as error:
         raise RecipeError(error.what, where=places.where((*loc, "solver")), next=error.next) from error
     try:
-        split_settings(
-            method, {key: str(value) for key, value in action.settings.items()}, ALLOCATORS[action.allocate]
-        )
+        split_settings(method, {key: str(value) for key, value in action.settings.items()}, ALLOCATORS[action.allocate])
     except UsageError as error:
         raise RecipeError(error.what, where=places.where((*loc, "settings")), next=error.next) from error
     used = recipe.calibration if action.calibration is None else action.calibration
@@ -238,9 +238,7 @@ def _resolved(recipe: Recipe, places: Places) -> Recipe:
     return recipe.model_copy(update={"model": model, "output": output, "calibration": calibration, "jobs": jobs})
 
 
-def _resolved_action(
-    action: Calibrate | Prune | Quantize | Evaluate, recipe: Recipe, model: str, loc: Loc, places: Places
-) -> Calibrate | Prune | Quantize | Evaluate:
+def _resolved_action(action: Action, recipe: Recipe, model: str, loc: Loc, places: Places) -> Action:
     if not isinstance(action, Evaluate):
         used = tuple(recipe.calibration) if action.calibration is None else action.calibration
         return action.model_copy(update={"calibration": used})

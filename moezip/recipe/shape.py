@@ -74,8 +74,30 @@ class Prune(_Record):
         return self
 
 
+class Merge(_Record):
+    """Leave ``keep`` experts per layer, or merge the share ``ratio`` away; after a prune in the same job, of what it
+    leaves, which is observed again.
+
+    ``scope``: ``layer`` (as many experts in every layer) or ``model``. ``calibration``: names whose text decides; all
+    of them if left out. ``settings``: the method's own knobs.
+    """
+
+    method: str
+    keep: int | None = Field(None, ge=1)
+    ratio: float | None = Field(None, gt=0, lt=1)
+    scope: Literal["layer", "model"] = "layer"
+    calibration: Names | None = None
+    settings: dict[str, Annotated[Any, AfterValidator(_scalar)]] = {}
+
+    @model_validator(mode="after")
+    def _one_amount(self) -> Merge:
+        if (self.keep is None) == (self.ratio is None):
+            raise ValueError("merge needs either keep (experts per layer) or ratio (share merged away)")
+        return self
+
+
 class Quantize(_Record):
-    """Store weights in ``bits`` bits, or in ``size``; after a prune in the same job, those of what it leaves.
+    """Store weights in ``bits`` bits, or in ``size``; after a prune or merge in the same job, those of what it leaves.
 
     ``size``: a share of the source's bytes, or bytes. ``allocate`` and ``granularity``: who gets how many bits.
     ``calibration``: names whose text the solver sees; all of them if left out. ``settings``: as ``--set`` takes them.
@@ -117,11 +139,15 @@ class Evaluate(_Record):
         return self
 
 
+Action = Calibrate | Prune | Merge | Quantize | Evaluate
+
+
 class Step(_Record):
-    """One thing to do; exactly one of the four."""
+    """One thing to do; exactly one of the five."""
 
     calibrate: Calibrate | None = None
     prune: Prune | None = None
+    merge: Merge | None = None
     quantize: Quantize | None = None
     evaluate: Evaluate | None = None
 
@@ -130,21 +156,20 @@ class Step(_Record):
         given = [name for name in type(self).model_fields if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(
-                f"a step is one of calibrate, prune, quantize, evaluate, with its settings; found {given or 'none'}"
+                f"a step is one of {', '.join(type(self).model_fields)}, with its settings; found {given or 'none'}"
             )
         return self
 
     @property
-    def verb(self) -> Literal["calibrate", "prune", "quantize", "evaluate"]:
-        """Which of the four it is."""
-        return (
-            "calibrate" if self.calibrate else "prune" if self.prune else "quantize" if self.quantize else "evaluate"
-        )
+    def verb(self) -> Literal["calibrate", "prune", "merge", "quantize", "evaluate"]:
+        """Which of the five it is."""
+        found = next(name for name in type(self).model_fields if getattr(self, name) is not None)
+        return found  # type: ignore[return-value]
 
     @property
-    def action(self) -> Calibrate | Prune | Quantize | Evaluate:
+    def action(self) -> Action:
         """The step's settings."""
-        action: Calibrate | Prune | Quantize | Evaluate = getattr(self, self.verb)
+        action: Action = getattr(self, self.verb)
         return action
 
 
