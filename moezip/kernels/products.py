@@ -159,7 +159,7 @@ def per_group(laid: Laid, which: Literal["scales", "zeros"]) -> NDArray[Any] | N
     found = laid.scales if which == "scales" else laid.zeros
     if found is None:
         return None
-    return np.ascontiguousarray(found.transpose(0, 2, 1).reshape(-1, laid.groups)[: laid.rows])
+    return found.transpose(0, 2, 1).reshape(-1, laid.groups)[: laid.rows].copy()  # memory of its own, come what may
 
 
 def plain(laid: Laid, *, dtype: str = "float32", threads: int = 1, library: Any = None) -> NDArray[Any]:

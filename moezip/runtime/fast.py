@@ -7,6 +7,7 @@ This module imports torch, so it is imported where a model is built and nowhere 
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -111,7 +112,7 @@ def can_run(value: torch.Tensor) -> bool:
     if value.device.type != "cpu":
         tell(f"activations are on {value.device.type}, packed matrices on the CPU")
     elif torch.is_grad_enabled() and value.requires_grad:
-        tell("gradients are wanted of what packed matrices are multiplied by")
+        tell("gradients are wanted of what packed matrices are multiplied by (torch.no_grad() says that they are not)")
     elif value.dtype in (torch.bfloat16, torch.float32, torch.float16):
         return True
     else:
@@ -165,15 +166,13 @@ def experts(
 # Graphs cannot hold a matrix that is no tensor: they hold a number, and the number leads to the module.
 
 _modules: WeakValueDictionary[int, Any] = WeakValueDictionary()
+_numbers_left = itertools.count()
 
 
 def number_of(module: Any) -> int:
-    """By which the operators below find a module; a copy of a module gets one of its own."""
-    number: int = module.__dict__.get("_moezip_number", -1)
-    if _modules.get(number) is not module:
-        number = max(_modules, default=-1) + 1
-        _modules[number] = module
-        module.__dict__["_moezip_number"] = number
+    """A number by which the operators below find a module, as long as it lives."""
+    number = next(_numbers_left)
+    _modules[number] = module
     return number
 
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from moezip.arch.ragged import Matrix, RaggedExperts
+from moezip.errors import UsageError
 from moezip.formats.packed import PACKED, SHAPE, WORD, ZERO, Grid, check, dequantize, torch_dtype, unpacked, words
 from moezip.formats.stored import CHUNK
 from moezip.kernels import products
@@ -87,9 +88,14 @@ class Packed(nn.Module):
         super().__init__()
         self.grid, self.rows, self.columns = grid, rows, columns
         self.matrix: products.Linear | None = None
+        self.number = fast.number_of(self)
         for suffix, (dtype, shape) in grid.specs(rows, columns).items():
             self.register_buffer(suffix, torch.empty(shape, dtype=torch_dtype(dtype), device=device))
         self.register_parameter("bias", bias)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.number = fast.number_of(self)  # a copy's own
 
     def extra_repr(self) -> str:
         return f"{self.rows} x {self.columns}, {self.grid}"
@@ -174,7 +180,7 @@ class PackedLinear(Packed):
     def forward(self, value: torch.Tensor) -> torch.Tensor:
         """``value`` [..., C] to [..., R]."""
         if torch.compiler.is_compiling():
-            result: torch.Tensor = fast.packed_linear_op(value, fast.number_of(self), self.rows)
+            result: torch.Tensor = fast.packed_linear_op(value, self.number, self.rows)
             return result
         return self.run(value)
 
@@ -203,8 +209,13 @@ class PackedExperts(RaggedExperts):
     def __init__(self, stock: Any, *given: Any, **kind: Any):
         super().__init__(stock, *given, **kind)
         self._gate = gate_of(stock)
+        self.number = fast.number_of(self)
         self._table: products.Experts | None = None
         self._apart: frozenset[int] = frozenset()  # experts that the table has not
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.number = fast.number_of(self)
 
     def lay_out(self) -> bool:
         """Lays out all matrices; whether there is a table to run on, now or before."""
@@ -260,24 +271,23 @@ class PackedExperts(RaggedExperts):
     ) -> torch.Tensor:
         """As of ``RaggedExperts``; what is rounded in between is fp32 here."""
         if torch.compiler.is_compiling():
-            result: torch.Tensor = fast.packed_experts_op(
-                hidden_states, top_k_index, top_k_weights, fast.number_of(self)
-            )
+            result: torch.Tensor = fast.packed_experts_op(hidden_states, top_k_index, top_k_weights, self.number)
             return result
         return self.run(hidden_states, top_k_index, top_k_weights)
 
     def run(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         """As ``forward``, whoever calls."""
-        watched = any(name.startswith("_moezip_") and name != "_moezip_number" for name in self.__dict__)
+        watched = any(name.startswith("_moezip_") for name in self.__dict__)
         if not watched and gpu.is_for(hidden_states):
-            found = gpu.experts_forward(self, hidden_states, self._meant(top_k_index), top_k_weights)
+            meant = self._meant(top_k_index).clamp(max=self.num_experts - 1)  # nobody's gates are 0
+            found = gpu.experts_forward(self, hidden_states, meant, top_k_weights)
             return super().forward(hidden_states, top_k_index, top_k_weights) if found is None else found
         if watched or not fast.can_run(hidden_states) or not self.lay_out():
             return super().forward(hidden_states, top_k_index, top_k_weights)
         top_k_index = self._meant(top_k_index)
         assert self._table is not None and self._gate is not None
         apart = self._apart | self._crowded(top_k_index, hidden_states.dtype)
-        ids = top_k_index
+        ids = top_k_index.masked_fill(top_k_index >= self.num_experts, -1)  # run-time skipping's nobody
         if apart:
             others = torch.isin(ids, torch.tensor(sorted(apart), dtype=ids.dtype))
             ids = ids.masked_fill(others, -1)
@@ -325,3 +335,16 @@ class PackedExperts(RaggedExperts):
         if not any(isinstance(matrix, Packed) for matrix in matrices):
             return super().expert_linear(name, expert, value)
         return packed_rows(value, matrices, self._bias(name, expert) if self.has_bias else None)
+
+
+def set_activations(model: nn.Module, activations: str) -> None:
+    """What the packed matrices of a model round their inputs to: ``exact``, or ``int8``, which is faster and coarser.
+
+    Raises:
+        UsageError: neither.
+    """
+    if activations not in ("exact", "int8"):
+        raise UsageError(f"activations are exact or int8, not {activations!r}", where="activations")
+    for module in model.modules():
+        if isinstance(module, Packed | PackedExperts):
+            module.activations = activations  # type: ignore[assignment]

@@ -32,6 +32,7 @@ def load(
     threshold: float | None = None,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
+    activations: str = "exact",
 ) -> Any:
     """A transformers model, each parameter read once, straight into its place.
 
@@ -50,6 +51,8 @@ def load(
         UsageError: prompt, task or threshold without patterns, or a task that does not exist.
         PlanError: patterns of another checkpoint.
     """
+    if activations not in ("exact", "int8"):
+        raise UsageError(f"activations are exact or int8, not {activations!r}", where="moezip.load")
     if patterns is not None:
         return load_for_task(
             checkpoint, patterns, prompt=prompt, task=task, threshold=threshold, device=device, dtype=dtype
@@ -64,7 +67,12 @@ def load(
             return whole(source, device=device, dtype=dtype, experts_implementation=register())
         if Layout.of(source.config) is None and not _stays_packed(source):
             return whole(source, device=device, dtype=dtype)
-    return by_transformers(source, device=device, dtype=dtype)
+    model = by_transformers(source, device=device, dtype=dtype)
+    if activations != "exact":
+        from moezip.runtime.linear import set_activations
+
+        set_activations(model, activations)
+    return model
 
 
 def _stays_packed(source: Source) -> bool:
