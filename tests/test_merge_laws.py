@@ -223,12 +223,15 @@ def test_codes_are_decoded(name: str, stored: str, router: str, tiny: Tiny, tmp_
 
 # -- commands -----------------------------------------------------------------------------------------------
 
-# method and settings: an average; all rows; neurons that no pick can say, which lie beside the plan
+# method and settings: an average; all rows; neurons that no pick can say, which lie beside the plan; matrices and rows
+# that were fitted to the text, layer by layer
 WAYS: Mapping[str, tuple[object, ...]] = {
     "average": ("--method", "m-smoe", "--set", "router=dominant"),
     "all rows": ("--method", "m-smoe", "--set", "router=remap"),
     "values": ("--method", "dern", "--set", "threshold=-1"),
+    "fitted": ("--method", "m-smoe", "--set", "combine=least-squares", "--set", "router=sum"),
 }
+SOLVED = ("values", "fitted")
 ways = pytest.mark.parametrize("way", WAYS)
 
 
@@ -249,13 +252,16 @@ def test_a_saved_plan_gives_the_same_bytes(
 ) -> None:
     folder = tiny(name, dtype="bfloat16")
     answer = cli(*words(folder, tmp_path / "merged", way, text))
+    if way == "fitted" and name == "deepseek_v3":
+        assert answer.code == 2 and "scores every expert by itself" in answer.err
+        return
     assert answer.code == 0, answer.err
     told = answer.json
     assert told["experts_after"] == [4 if way == "all rows" else 6] * len(told["experts_before"])
     assert told["bytes_after"] == sum(v.nbytes for v in tensors(tmp_path / "merged").values()) < told["bytes_before"]
     wanted = model_files(tmp_path / "merged")
     assert cli(*words(folder, tmp_path / "p" / "plan.json", way, text), "--plan-only").code == 0
-    assert (tmp_path / "p" / VALUES).is_file() == (way == "values")
+    assert (tmp_path / "p" / VALUES).is_file() == (way in SOLVED)
     # once from the two files of --plan-only, once from the plan inside the output, which has the values itself
     for number, plan in enumerate((tmp_path / "p" / "plan.json", tmp_path / "merged" / "moezip" / "plan.json")):
         answer = cli("apply", folder, plan, tmp_path / str(number))
