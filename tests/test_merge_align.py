@@ -24,7 +24,7 @@ from moezip.merge import align
 from moezip.merge.layer import MergeLayer, averages
 from moezip.merge.params import MergeParams
 from moezip.plan.merged import average
-from tests.copies import copies, shuffled, with_experts
+from tests.copies import copies, reordered, shuffled, with_experts
 from tests.test_laws import REORDERED, largest_difference, plain_rows, streamed_logits
 
 Tiny = Callable[..., Path]
@@ -121,6 +121,27 @@ def test_no_other_order_is_nearer() -> None:
     one, other = torch.randn(6, 4, generator=chance), torch.randn(6, 4, generator=chance)
     distances = {p: float((one - other[list(p)]).square().sum()) for p in permutations(range(6))}
     assert align.matched(one, other) == min(distances, key=distances.__getitem__)
+
+
+def test_no_other_order_brings_the_matrices_nearer() -> None:
+    """The order that ``orders`` finds, by trying all of them: the summed squared distance of all three matrices."""
+    chance, width, hidden = torch.Generator().manual_seed(5), 5, 3
+    experts: dict[int, dict[str, list[Any]]] = {
+        e: {
+            role: torch.randn((hidden, width) if role == "down" else (width, hidden), generator=chance).tolist()
+            for role in ("gate", "up", "down")
+        }
+        for e in (0, 1)
+    }
+    layer: Any = Plain(experts, [(0, 1)], width)
+
+    def distance(order: tuple[int, ...]) -> float:
+        return sum(
+            float((layer.matrix(0, role) - reordered(layer.matrix(1, role), role, order)).square().sum())
+            for role in layer.roles
+        )
+
+    assert align.orders(layer, MergeParams()) == {1: min(permutations(range(width)), key=distance)}
 
 
 def test_threads_change_nothing(tiny: Tiny) -> None:
@@ -245,6 +266,15 @@ def test_who_is_put_in_whose_order() -> None:
     groups = [(2, 0, 3), (1,), (5, 4)]
     assert list(align.reference_pairs(groups, "dominant")) == [(2, 0), (2, 3), (5, 4)]
     assert list(align.reference_pairs(groups, "first")) == [(0, 2), (0, 3), (0, 5), (0, 4)]
+
+
+def test_standardised_rows_multiply_to_correlations() -> None:
+    chance = torch.Generator().manual_seed(0)
+    one, other = (torch.randn(40, 6, generator=chance) * 3 + 7 for _ in range(2))  # far from 0 on average
+    wanted = np.corrcoef(one.numpy(), other.numpy(), rowvar=False)[:6, 6:]
+    got = align._standardised(one) @ align._standardised(other).T
+    assert np.allclose(got.numpy(), wanted, atol=1e-5)  # float32 sums of 40 terms
+    assert not align._standardised(torch.ones(40, 1)).any()  # one that never changes goes with none
 
 
 def test_activations_correlate_whatever_their_size(tiny: Tiny) -> None:
