@@ -299,7 +299,7 @@ def test_killed_between_layers_and_resumed(
 ) -> None:
     folder = tiny("qwen3_moe", dtype="bfloat16")
     assert cli(*words(folder, tmp_path / "wanted", way, text)).code == 0
-    saved, solving = Solved.save, []
+    saved, solving = Solved.save, list[int]()
 
     def dying(self: Solved, layer: int, found: Any) -> None:
         if len(solving) == 2:
