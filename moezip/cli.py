@@ -445,8 +445,53 @@ def quantize(
             results.show_quantize_estimate(estimate_quantize(checkpoint, job, common), as_json)
             return
         tell = (lambda chosen: None) if quiet or as_json else results.tell_widths
-        outcome = quantize_command(checkpoint, out, job, common, tell)
+        outcome = quantize_command(checkpoint, out, job, common, tell, plan_only=plan_only)
     results.show_quantized(outcome, out, as_json, quiet)
+
+
+@app.command()
+def skip(
+    checkpoint: Ckpt,
+    out: Out,
+    rule: Annotated[
+        str,
+        typer.Option(
+            "--rule",
+            help="naee: drop an expert whose gate is small beside the token's best. odp: the same, but tokens that "
+            "matter keep all. otp: a small trained network per layer decides.",
+        ),
+    ] = "odp",
+    data: Data = None,
+    settings: Set = None,
+    tokens: Tokens = 65_536,
+    seq_len: SeqLen = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen; touch nothing.")] = False,
+    device: Device = "cpu",
+    max_memory: MaxMemory = None,
+    workdir: Workdir = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Has a model skip experts as it runs, token by token; the rule goes into its config, weights stay as they are."""
+    from moezip.calibrate.data import domains_of
+    from moezip.console.skip import show_skip, show_skip_estimate
+    from moezip.pipeline.skip import SkipJob, estimate_skip, skip_command
+
+    job = SkipJob(rule, settings_of(settings), domains_of(data, tokens) if data else ())
+    if dry_run:
+        show_skip_estimate(estimate_skip(checkpoint, job), as_json)
+        return
+    with console.watching(quiet) as watch:
+        common = _common(
+            watch, device=device, max_memory=max_memory, workdir=workdir, resume=resume, overwrite=overwrite,
+            seq_len=seq_len, seed=seed,
+        )  # fmt: skip
+        report = skip_command(checkpoint, out, job, common)
+    show_skip(report, as_json, quiet)
 
 
 @app.command()

@@ -48,7 +48,7 @@ def add_constants(experts: Any, given: tuple[torch.Tensor, ...], output: torch.T
     _, ids, gates = given
     dropped = [expert for expert, width in enumerate(experts.widths) if not width]
     constants = torch.stack([getattr(experts.get_submodule(str(expert)), LEAF) for expert in dropped])
-    by_expert = torch.zeros(ids.shape[0], experts.num_experts, device=gates.device)
+    by_expert = torch.zeros(ids.shape[0], experts.num_experts + 1, device=gates.device)  # the last is nobody
     by_expert.scatter_add_(1, ids, gates.float())
     result = output + (by_expert[:, dropped] @ constants.float()).to(output.dtype)
     if (routed := getattr(experts, "_moezip_routed", None)) is not None:

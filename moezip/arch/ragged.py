@@ -71,8 +71,10 @@ class RaggedExperts(nn.Module):
     ):
         super().__init__()
         self.config = stock.config
-        # no buffer: it is of the config, and models are built on the meta device
-        self._remap = None if remap is None else torch.tensor(remap, device="cpu")
+        # no buffer: it is of the config, and models are built on the meta device; its last entry is for ``nobody``
+        self._remap = None if remap is None else torch.tensor((*remap, len(widths)), device="cpu")
+        # The id that run-time skipping puts in place of an expert that is not to run.
+        self.nobody = len(widths) if remap is None else len(remap)
         self.has_gate, self.has_bias, self.is_transposed, self.is_concatenated = True, stock.has_bias, False, True
         self.has_post_expert_norm = self._is_expert_parallel = False
         # A method of the stock module, which thereby stays: without memory, being on the meta device. Some gates take
@@ -138,7 +140,7 @@ class RaggedExperts(nn.Module):
         """One expert after the other, operations in the order of the ``eager`` code of transformers."""
         result = torch.zeros_like(hidden_states)
         for expert in top_k_index.unique().tolist():
-            if not self.widths[expert] and not self.has_bias:
+            if expert == self.num_experts or (not self.widths[expert] and not self.has_bias):  # the first is nobody
                 continue
             place, token = torch.where((top_k_index == expert).T)
             inner = self._apply_gate(self.expert_linear("gate_up_proj", expert, hidden_states[token]))

@@ -281,6 +281,9 @@ def show_evaluation(result: Evaluation) -> None:
     if result.tasks:
         console.table("tasks", ("questions", "right", "of"),
                       [(name, f"{score.accuracy:.1%}", score.n) for name, score in result.tasks.items()])  # fmt: skip
+    if result.skipped is not None:
+        skipped = result.skipped
+        console.say(f"{skipped.rule} skipped {skipped.share:.1%} of {sum(skipped.calls.values()):,} expert calls")
 
 
 def show_jobs(results: Sequence[JobResult], as_json: bool, quiet: bool) -> None:

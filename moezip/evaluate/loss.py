@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,9 @@ from moezip.calibrate.stream import Stream
 from moezip.checkpoint.source import Source
 from moezip.errors import DataError, MoezipError, UsageError
 from moezip.evaluate.forward import Group, Item, Progress, batches, close, forward, group, logits, targets
-from moezip.evaluate.result import Divergence, Evaluation, Loss, Score
+from moezip.evaluate.result import Divergence, Evaluation, Loss, Score, Skipped
 from moezip.evaluate.tasks import Tasks, load, outcomes
+from moezip.runtime.skipping import attach
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +70,9 @@ def evaluate(
     text_groups, task_groups = group(text.items), group(asked)
 
     def stream_of(each: Source) -> Stream:
-        return Stream(each, device=device, max_memory=max_memory, micro_rows=micro_rows, dtype=dtype)
+        stream = Stream(each, device=device, max_memory=max_memory, micro_rows=micro_rows, dtype=dtype)
+        attach(stream.model, stream.skeleton.architecture, each.config, each.folder)
+        return stream
 
     model = stream_of(source)
     reference = None if against is None else stream_of(against)
@@ -107,7 +110,9 @@ def evaluate(
     for each in (model, reference):
         if each is not None:  # the stream's closures form cycles, so its weights would outlive it for a while
             each.skeleton.free([*each.skeleton.outer_targets(), *_layer_targets(each)])
-    return _result(text, sums, reference is not None, questions.scores(), length)
+    found = _result(text, sums, reference is not None, questions.scores(), length)
+    skips = getattr(model.model, "moezip_skipping", None)
+    return found if skips is None else replace(found, skipped=Skipped(skips.skipping.rule, skips.calls, skips.dropped))
 
 
 def _layer_targets(stream: Stream) -> list[str]:

@@ -67,6 +67,31 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
+class Skipped:
+    """What a rule for run-time skipping saved while the model was measured.
+
+    Attributes:
+        rule: its name.
+        calls: per MoE layer, expert calls that the router asked for.
+        dropped: of these, those that were not made.
+    """
+
+    rule: str
+    calls: Mapping[int, int]
+    dropped: Mapping[int, int]
+
+    @property
+    def share(self) -> float:
+        """Of all calls, those that were not made."""
+        return sum(self.dropped.values()) / max(sum(self.calls.values()), 1)
+
+    def to_json(self) -> dict[str, Any]:
+        """``rule``, ``share``, ``calls``, ``by_layer`` {layer: share}."""
+        by_layer = {str(layer): self.dropped[layer] / max(calls, 1) for layer, calls in sorted(self.calls.items())}
+        return {"rule": self.rule, "share": self.share, "calls": sum(self.calls.values()), "by_layer": by_layer}
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """One line of a printed table: a file, or all of them. What was not measured is None."""
 
@@ -86,6 +111,7 @@ class Evaluation:
         against_by_file: per file; empty without a reference.
         tasks: per task file, under its stem.
         seq_len: tokens per window.
+        skipped: what a rule of the checkpoint's config skipped; None where it has none.
     """
 
     loss: Loss | None
@@ -94,6 +120,7 @@ class Evaluation:
     against: Divergence | None = None
     against_by_file: Mapping[str, Divergence] = field(default_factory=dict)
     tasks: Mapping[str, Score] = field(default_factory=dict)
+    skipped: Skipped | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The JSON of ``moezip evaluate --json``; ``against`` and the loss are null where not measured."""
@@ -108,6 +135,7 @@ class Evaluation:
             "by_file": {name: found.to_json() for name, found in self.by_file.items()},
             "against": against,
             "tasks": {name: found.to_json() for name, found in self.tasks.items()},
+            "skipped": None if self.skipped is None else self.skipped.to_json(),
         }
 
     def rows(self) -> list[Row]:

@@ -70,6 +70,7 @@ def verify(folder: str | os.PathLike[str], *, digests: Mapping[str, str] | None 
     with checkpoint:
         findings += _total_size(checkpoint)
         findings += _model(checkpoint)
+        findings += _skipping(checkpoint)
         findings += _finite(checkpoint, deep)
         if deep:
             findings += _codes(checkpoint)
@@ -95,6 +96,21 @@ def _model(checkpoint: Checkpoint) -> list[Finding]:
     except MoezipError as error:
         return [Finding(error.what, error.where or "config.json")]
     return [Finding(problem, "config against tensors") for problem in problems]
+
+
+def _skipping(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """A rule for run-time skipping that is damaged, does not fit the layers, or lacks its mask networks."""
+    from moezip.arch.families import identify
+    from moezip.runtime.skipping import Skipping, masks_of
+
+    try:
+        skipping = Skipping.of(checkpoint.config)
+        if skipping is not None:
+            architecture = identify(checkpoint.config, checkpoint.folder)
+            skipping.require_fits(architecture, checkpoint.config)
+            masks_of(skipping, checkpoint.folder, architecture, checkpoint.config)
+    except MoezipError as error:
+        yield Finding(error.what, error.where or "config.json")
 
 
 def _finite(checkpoint: Checkpoint, deep: bool) -> Iterator[Finding]:

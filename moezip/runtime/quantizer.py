@@ -24,6 +24,8 @@ from moezip.errors import ArchitectureError, CheckpointError
 if TYPE_CHECKING:
     import torch
 
+    from moezip.arch.spec import Architecture
+
 
 class DecodeBlocks(ConversionOps):
     """fp8 codes with their factors to the numbers that they stand for; other weights as they are."""
@@ -64,6 +66,7 @@ class MoezipQuantizer(HfQuantizer):
     requires_calibration = True  # it reads checkpoints and makes none
     _dtype: torch.dtype
     _dtypes: dict[str, torch.dtype]
+    _skipping: tuple[Architecture, dict[str, Any], Path]
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         self._dtype = dtype
@@ -97,6 +100,7 @@ class MoezipQuantizer(HfQuantizer):
         with torch.device("cpu"), Checkpoint.open(Path(checkpoint_files[0]).parent) as checkpoint:  # else it is "meta"
             config, given = checkpoint.config, self.quantization_config.to_dict()
             entry = identify(config, checkpoint.folder)
+            self._skipping = entry, config, checkpoint.folder
             layout, grids = Layout.of(config), packed_grids(checkpoint)
             if not _same(config.get("quantization_config"), given):
                 raise ArchitectureError(
@@ -136,6 +140,7 @@ class MoezipQuantizer(HfQuantizer):
         from moezip.arch.ragged import RaggedExperts
         from moezip.runtime.factored import FactoredMatrix
         from moezip.runtime.linear import Packed, PackedExperts
+        from moezip.runtime.skipping import attach
 
         # up to 5.20 transformers leaves what a quantizer loads under another name in the dtype of the file
         for name, tensor in model.state_dict().items():
@@ -155,6 +160,7 @@ class MoezipQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, Packed | PackedExperts):
                 module.lay_out()
+        attach(model, *self._skipping)
         return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:

@@ -21,6 +21,7 @@ from moezip.checkpoint.source import Source
 from moezip.errors import ArchitectureError, UsageError
 from moezip.plan.apply import Applied
 from moezip.runtime.patterns import Patterns, distance
+from moezip.runtime.skipping import attach
 
 if TYPE_CHECKING:
     import numpy as np
@@ -248,4 +249,5 @@ def whole(
     model.config._name_or_path = str(source.folder)
     if (source.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(source.folder)
+    attach(model, skeleton.architecture, source.config, source.folder)
     return model

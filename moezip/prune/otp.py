@@ -1,0 +1,100 @@
+"""OTP of MC# (arXiv 2510.10962): a small network per layer says, token by token, how many of its experts are needed.
+
+The network chooses among k masks, which keep the best 1, 2, ..., k of the experts that the router chose. It is trained
+alone, against the unmasked layer, with the model's weights fixed: masks are drawn with Gumbel noise at a temperature
+that falls, and the loss is the squared error of the layer's routed output, relative to its mean squared length, plus
+``penalty`` times the share of experts kept. At run time the likeliest mask is taken.
+
+Written from the paper's description; its code was not available. The authors' network and their schedule may differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from moezip.calibrate.skips import Lessons
+
+BATCH = 1024
+RATE = 0.01
+# Temperatures of the first and the last step.
+HOT, COLD = 4.0, 0.3
+LEAST = 1e-4  # ratios below are taken for this where their logarithm is
+
+
+@dataclass(frozen=True, slots=True)
+class MaskNetwork:
+    """Scores of the k masks, linear in a token's normalised input and in the logarithms of its gate ratios.
+
+    Attributes:
+        inputs: [k, D] float32. ratios: [k, k] float32. bias: [k] float32.
+    """
+
+    inputs: torch.Tensor
+    ratios: torch.Tensor
+    bias: torch.Tensor
+
+    def scores(self, hidden: torch.Tensor, ratios: torch.Tensor) -> torch.Tensor:
+        """[n, k] from inputs [n, D] of the experts module, in any dtype, and ratios [n, k] to the best gate."""
+        length = hidden.float().square().mean(-1, keepdim=True).add(1e-12).rsqrt()
+        return (
+            (hidden.float() * length) @ self.inputs.T + ratios.clamp_min(LEAST).log() @ self.ratios.T + self.bias
+        )  # fmt: skip
+
+    def kept(self, hidden: torch.Tensor, ratios: torch.Tensor) -> torch.Tensor:
+        """How many of the best experts each token keeps, [n], 1 to k; of equal scores the larger number."""
+        best = self.scores(hidden, ratios).flip(-1).argmax(-1)
+        return ratios.shape[-1] - best
+
+    def to(self, device: torch.device) -> MaskNetwork:
+        return MaskNetwork(self.inputs.to(device), self.ratios.to(device), self.bias.to(device))
+
+
+def train(lessons: Lessons, *, penalty: float, steps: int, seed: int) -> MaskNetwork:
+    """The network of one layer, by Adam on batches drawn with ``seed``.
+
+    Args:
+        penalty: what keeping all experts costs, in units of the mean squared length of the routed output; 0 asks for
+            nothing but a small error, which keeping everything gives.
+        steps: updates.
+
+    Raises:
+        MoezipError: the training diverged.
+    """
+    import math
+
+    import torch
+
+    from moezip.errors import MoezipError
+
+    count, top_k = lessons.ratios.shape
+    chance = torch.Generator().manual_seed(seed)
+    costs = torch.arange(1, top_k + 1, dtype=torch.float32) * (penalty / top_k)
+    products = lessons.products / max(lessons.scale, torch.finfo(torch.float32).tiny)
+    # it begins by keeping all, because that is what it must not do worse than
+    weights = [torch.zeros(top_k, lessons.inputs.shape[1]), torch.zeros(top_k, top_k), torch.zeros(top_k)]
+    weights[2][-1] = 1.0
+    for weight in weights:
+        weight.requires_grad_(True)
+    network = MaskNetwork(*weights)
+    optimizer = torch.optim.Adam(weights, RATE)
+    with torch.enable_grad():
+        for step in range(steps):
+            heat = HOT * (COLD / HOT) ** (step / max(steps - 1, 1))
+            rows = torch.randint(count, (min(BATCH, count),), generator=chance)
+            scores = network.scores(lessons.inputs[rows], lessons.ratios[rows])
+            noise = -torch.rand(scores.shape, generator=chance).clamp_(1e-9, 1 - 1e-7).log().neg().log()
+            mask = ((scores + noise) / heat).softmax(-1)
+            # shares add up to 1, so the error of a mixture of masks is the mixture of their changes, squared
+            error = torch.einsum("nc,ncd,nd->n", mask, products[rows], mask)
+            loss = (error + mask @ costs).mean()
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    found = MaskNetwork(*(weight.detach() for weight in weights))
+    if not math.isfinite(sum(float(weight.abs().sum()) for weight in (found.inputs, found.ratios, found.bias))):
+        raise MoezipError("the training of a mask network diverged", next="use another --set penalty=")
+    return found
