@@ -17,15 +17,16 @@ from moezip.errors import PlanError, UsageError
 from moezip.export.stock import tensor_bytes, with_source_card, write_checkpoint
 from moezip.formats.packed import Grid
 from moezip.pipeline.calibrate import forget, require_files, work_folder
-from moezip.pipeline.common import Clock, Common, Opened, opened, refuse_output
+from moezip.pipeline.common import Clock, Common, Opened, opened, refuse_file, refuse_output
 from moezip.pipeline.items import grid_counts, group_size, items_of
+from moezip.pipeline.prune import save_plan
 from moezip.plan.apply import Applied
-from moezip.plan.merged import CheckpointValues, Merged
+from moezip.plan.merged import VALUES, CheckpointValues, Merged
 from moezip.plan.packed import LayerFiles, Packed, Unsolved, Values
 from moezip.plan.plan import Plan
 from moezip.progress import Progress
 from moezip.quantize.hessian import PRIOR
-from moezip.quantize.settings import split_settings
+from moezip.quantize.settings import StorageParams, split_settings
 from moezip.registry import Method, lookup
 from moezip.report.report import Report, peak_rss_bytes
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from moezip.calibrate.data import DomainText, Rows
     from moezip.pipeline.export import Form
     from moezip.pipeline.layerwise import LayerReport
-    from moezip.pipeline.widths import Wanted, Widths
+    from moezip.pipeline.widths import Chooser, Wanted, Widths
     from moezip.plan.widths import Granularity
 
 
@@ -48,6 +49,8 @@ LOADS = (
     "```",
 )
 WORK = "quantize"
+# Allocators that read text, whatever the solver reads.
+READ_TEXT = ("lp", "pmq", "block")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,8 @@ class QuantizeJob:
         settings: ``--set`` texts, of the storage, of the solver and of the allocator.
         values: solved values of the plan, if it has any.
         texts: calibration text by domain, if the solver or the allocator needs it.
-        plan: quantize what this plan makes of the checkpoint; None for the checkpoint itself.
+        plan: quantize what this plan makes of the checkpoint; None for the checkpoint itself. With widths in it (of
+            ``--plan-only``, or of a quantized checkpoint) those are taken, and no budget is given.
     """
 
     bits: float | None
@@ -77,6 +81,11 @@ class QuantizeJob:
     texts: Sequence[DomainText] = ()
     plan: Plan | None = None
     values: Values | None = None
+
+    @property
+    def planned(self) -> Packing:
+        """The widths that the plan brings; empty if it brings none."""
+        return {} if self.plan is None else self.plan.packing
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +107,16 @@ class Prepared:
         """Tokens' worth of the pooled hessian, per input channel."""
         return float(getattr(self.params, "prior", PRIOR))
 
+    @property
+    def layerwise(self) -> bool:
+        """Whether the solver reads text."""
+        return self.method.schedule == "layerwise"
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the solver or the choice of widths does."""
+        return self.layerwise or self.wanted.allocate in READ_TEXT
+
     def solve(self, weight: Any, hessian: Any, grid: Grid) -> Any:
         return self.method.run(weight, hessian, grid, self.params)
 
@@ -107,7 +126,7 @@ class Outcome:
     """What a quantization ended with."""
 
     plan: Plan
-    report: Report
+    report: Report | None
     layers: Mapping[str, LayerReport]
     chosen: Widths
 
@@ -119,7 +138,7 @@ class Outcome:
 
 def prepare_quantize(checkpoint: str, job: QuantizeJob, common: Common) -> Prepared:
     """Raises UsageError, PlanError, CheckpointError or ArchitectureError for everything that can be known now."""
-    from moezip.pipeline.widths import Wanted, check_wanted, needs_prices
+    from moezip.pipeline.widths import PLANNED, Wanted, check_wanted, needs_prices
     from moezip.plan.allocators import ALLOCATORS
     from moezip.quantize import METHODS
     from moezip.quantize.settings import scale_dtype
@@ -127,33 +146,54 @@ def prepare_quantize(checkpoint: str, job: QuantizeJob, common: Common) -> Prepa
     method = lookup(job.solver, {entry.name: entry for entry in METHODS}, "solver")
     allocator = lookup(job.allocate, ALLOCATORS, "way to allocate bits")
     params, storage, own = split_settings(method, job.settings, allocator)
+    if job.planned:
+        _check_planned(job, storage, own)
     model = opened(checkpoint)
     if job.reader == "transformers" and "symmetric" not in job.settings:
         storage = replace(storage, symmetric=True)  # its loader for packed codes takes no zeros
     wanted = Wanted(
         job.bits,
         None if job.size is None else int(job.size if job.size > 1 else job.size * tensor_bytes(model.source)),
-        job.allocate,
+        PLANNED if job.planned else job.allocate,
         own,
         job.granularity,
         job.reader,
-        group_size(model.facts, job.group),
+        next(iter(job.planned.values())).group if job.planned else group_size(model.facts, job.group),
         replace(storage, scale=scale_dtype(storage, model.source.config)),
     )
-    check_wanted(wanted)
-    if (method.schedule == "layerwise" or needs_prices(wanted)) and not job.texts:
-        what = method.name if method.schedule == "layerwise" else f"--allocate {job.allocate}"
+    if not job.planned:
+        check_wanted(wanted)
+    prepared = Prepared(model, method, params, wanted)
+    if prepared.reads_text and not job.texts:
+        what = method.name if prepared.layerwise else f"--allocate {wanted.allocate}"
         raise UsageError(
             f"{what} needs calibration text",
-            next="give --data PATH (text of the domain that the model must stay good at), or --solver rtn",
+            next="give --data PATH (text of the domain that the model must stay good at), or --solver rtn"
+            + ("" if prepared.layerwise else " --allocate uniform"),
         )
     if needs_prices(wanted) and job.plan is not None:
         raise UsageError(
             f"--allocate {job.allocate} prices the checkpoint itself, not what a plan makes of it", where="--plan",
             next="write the pruned checkpoint first, or use --allocate uniform",
         )  # fmt: skip
-    require_files(job.texts)
-    return Prepared(model, method, params, wanted)
+    if prepared.reads_text:
+        require_files(job.texts)
+    return prepared
+
+
+def _check_planned(job: QuantizeJob, storage: StorageParams, own: Any) -> None:
+    """Raises UsageError for a budget, or anything else that decides about widths, beside a plan that has them."""
+    given = [f"--bits {job.bits:g}"] if job.bits is not None else []
+    given += ["--size"] if job.size is not None else []
+    given += [f"--allocate {job.allocate}"] if job.allocate != "uniform" else []
+    given += ["--group-size"] if job.group is not None else []
+    deciding = replace(storage, inputs=StorageParams().inputs) != StorageParams() or own != type(own)()
+    if given or deciding:
+        raise UsageError(
+            "the plan says already which matrix gets how many bits",
+            where=", ".join(given) or "--set",
+            next="give --plan without a budget, or a plan that only chooses experts or neurons",
+        )
 
 
 # -- the command --------------------------------------------------------------------------------------------
@@ -165,38 +205,51 @@ def quantize_command(
     job: QuantizeJob,
     common: Common,
     tell: Callable[[Widths], None] = lambda chosen: None,
+    *,
+    plan_only: bool = False,
 ) -> Outcome:
     """``moezip quantize``: choose widths, solve layer by layer, write, verify.
 
     Args:
         tell: called with the widths once they are chosen, before anything is solved.
+        plan_only: ``out`` is a file that gets the plan: picks and widths, and no codes.
     """
-    from moezip.pipeline.bits import forget_prices
     from moezip.pipeline.layerwise import Solved, job_digest
 
     clock = Clock()
     prepared = prepare_quantize(checkpoint, job, common)
     model = prepared.model
-    refuse_output(out, model.source.folder, common)
+    if plan_only:
+        refuse_file(out, "plan", common)
+        if job.values is not None:
+            refuse_file(out.with_name(VALUES), "file of values", common)
+    else:
+        refuse_output(out, model.source.folder, common)
     folder = (common.workdir or work_folder(out)) / WORK
     plain, split = views(model, job.plan, job.values)
     import_model_code(model.source.config)
-    rows = read_rows(model, job, common) if job.texts else None
+    # without codes to solve, only a choice that reads text needs any
+    reads_text = prepared.wanted.allocate in READ_TEXT if plan_only else prepared.reads_text
+    rows = read_rows(model, job, common) if reads_text else None
     with clock.stage("plan"):
         chosen = choose(prepared, job, plain, split, rows, folder, common)
     tell(chosen)
     packing = chosen.packing
     if chosen.plan is not split.plan:
-        plain, split = views(model, chosen.plan)
+        plain, split = views(model, chosen.plan, job.values)
     readable(Packed(split, packing, Unsolved(split, packing)), job.reader)  # a refusal must not wait for the codes
     made_by = provenance(prepared, job, common, rows, chosen)
+    if plan_only:
+        plan = replace(split.plan, made_by=made_by, packing=packing)
+        save_plan(plan, out, job.values)
+        forget_work(folder)
+        return Outcome(plan, None, {}, chosen)
     solved = Solved(
         folder, job_digest(split.fingerprint, packing, made_by, None if rows is None else rows.fingerprint())
     )
     solved.begin(common.resume)
     with clock.stage("solve"):
-        layerwise = prepared.method.schedule == "layerwise"
-        solve_all(prepared, plain, split, rows if layerwise else None, packing, solved, common)
+        solve_all(prepared, plain, split, rows if prepared.layerwise else None, packing, solved, common)
     reports = {file.stem: solved.report(file.stem) for file in sorted(folder.glob("*.safetensors"))}
     grids = {name: Grid.parse(text) for each in reports.values() for name, text in each.grids.items()}
     plan = replace(split.plan, made_by=made_by, packing={name: grids[name] for name in packing})
@@ -204,14 +257,23 @@ def quantize_command(
     notes = list(notes_of(prepared, reports, chosen.left))
     if any(model.architecture.claim(name, model.source.config).kind == "extra" for name in model.source.names()):
         notes.append("the multi-token-prediction layers were dropped")
+    if job.texts and not prepared.reads_text:
+        notes.append(f"{prepared.method.name} reads no text: --data was not used")
     about = About(prepared.method.name, model, job.reader, chosen.nats)
     report = write_packed(about, plan, packed, out, common, clock, notes)
     solved.clear()
+    forget_work(folder)
+    return Outcome(plan, report, reports, chosen)
+
+
+def forget_work(folder: Path) -> None:
+    """Removes prices and statistics of a finished run, and its work folders if nothing else is in them."""
+    from moezip.pipeline.bits import forget_prices
+
     forget_prices(folder)
     forget(folder.parent)
     remove_if_empty(folder)
     remove_if_empty(folder.parent)
-    return Outcome(plan, report, reports, chosen)
 
 
 def choose(
@@ -224,15 +286,31 @@ def choose(
     common: Common,
 ) -> Widths:
     """Who gets how many bits; passes over the text where prices are needed."""
+    from moezip.pipeline.widths import planned
+
+    if job.planned:
+        assert job.plan is not None
+        return planned(job.plan, split)
+    return chooser(prepared, job, plain, split, rows, folder, common).choose()
+
+
+def chooser(
+    prepared: Prepared,
+    job: QuantizeJob,
+    plain: Source,
+    split: Applied | Merged,
+    rows: Rows | None,
+    folder: Path,
+    common: Common,
+) -> Chooser:
     from moezip.pipeline.widths import Chooser
 
     items = items_of(split, prepared.model)
-    solve = prepared.solve if prepared.method.schedule == "layerwise" else None
     return Chooser(
-        prepared.model, plain, split, split.plan, items, prepared.wanted, texts=job.texts, rows=rows, solve=solve,
-        solver=f"{prepared.method.name} {prepared.params}", gate=prepared.gate, prior=prepared.prior, folder=folder,
-        common=common,
-    ).choose()  # fmt: skip
+        prepared.model, plain, split, split.plan, items, prepared.wanted, texts=job.texts, rows=rows,
+        solve=prepared.solve if prepared.layerwise else None, solver=f"{prepared.method.name} {prepared.params}",
+        gate=prepared.gate, prior=prepared.prior, folder=folder, common=common,
+    )  # fmt: skip
 
 
 def views(
@@ -244,15 +322,13 @@ def views(
         plan: seen through this plan. values: its solved values.
 
     Raises:
-        PlanError: the plan is for another checkpoint, or has packed or factored matrices already.
+        PlanError: the plan is for another checkpoint, or stores factors.
     """
     plain = decoded(model.source)
     if plan is None:
         whole = replace(Plan.identity(model.source.fingerprint, model.architecture.name, model.facts), mtp="drop")
         return plain, Applied(plain, whole, split=True)
-    if plan.packing:
-        raise PlanError("the plan has packed matrices already", next="use a plan that only chooses experts or neurons")
-    plan = replace(plan, mtp="drop")
+    plan = replace(plan, mtp="drop", packing={})
     if plan.factors:
         raise PlanError("factors of matrices cannot be quantized", next="merge without factors, or leave them as they are")
     if plan.merges:
@@ -271,7 +347,7 @@ def apply_packed(model: Opened, plan: Plan, plan_file: Path, out: Path, common: 
         raise PlanError(
             "the plan names grids, and the codes on them are in the checkpoint that it was written with",
             where=plan_file,
-            next="name the moezip/plan.json inside that checkpoint",
+            next="name the moezip/plan.json inside that checkpoint, or solve codes: moezip quantize --plan",
         )
     plain = decoded(model.source)
     with Checkpoint.open(folder) as values:
@@ -310,7 +386,7 @@ def provenance(
         "paper": prepared.method.paper,
         "bits": job.bits,
         "size": job.size,
-        "allocate": job.allocate,
+        "allocate": prepared.wanted.allocate,
         "granularity": job.granularity,
         "group_size": prepared.wanted.group,
         "settings": {**asdict(prepared.params), **asdict(prepared.wanted.storage), **asdict(prepared.wanted.params)},
@@ -472,7 +548,7 @@ def notes_of(prepared: Prepared, reports: Mapping[str, LayerReport], left: Seque
     for each in reports.values():
         for name, count in each.basis.items():
             basis[name] = basis.get(name, 0) + count
-    if prepared.method.schedule == "layerwise":
+    if prepared.layerwise:
         if basis.get("pooled"):
             yield f"{basis['pooled']} matrices of experts that no token reached were solved on all tokens' inputs"
         if basis.get("none"):
