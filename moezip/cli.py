@@ -445,7 +445,7 @@ def quantize(
             results.show_quantize_estimate(estimate_quantize(checkpoint, job, common), as_json)
             return
         tell = (lambda chosen: None) if quiet or as_json else results.tell_widths
-        outcome = quantize_command(checkpoint, out, job, common, tell, plan_only=plan_only)
+        outcome = quantize_command(checkpoint, out, job, common, tell)
     results.show_quantized(outcome, out, as_json, quiet)
 
 
