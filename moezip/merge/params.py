@@ -29,8 +29,10 @@ class MergeParams:
             the plain ``mean``, or ``least-squares`` (least error of the routed outputs on the text), or ``neurons``
             (those of the members' that together explain the outputs best, with the down projection of least error).
         router: the merged expert's row: that of its ``dominant`` member; one fitted to the ``sum`` of the members'
-            scores; or ``remap``: all rows stay and any member's row leads to the merged expert, which only moezip
-            reads.
+            scores (softmax routers only); or ``remap``: all rows stay and any member's row leads to the merged expert,
+            which only moezip reads. Rise of the loss of the reference model on held-out text, m-smoe with
+            ``combine=neurons``: keeping 24 of 32 experts 0.015 dominant, 0.017 sum, 0.010 remap; 16: 0.147, 0.104,
+            0.080; 8: 0.596, 0.416, 0.338.
         price: predict the rise of the loss, which takes a backward pass over the text.
         ridge: least-squares, neurons, sum: how strongly solutions hold on to the average, as a share of the inputs'
             mean square.

@@ -7,6 +7,7 @@ from typing import Any
 from moezip.merge.align import orders
 from moezip.merge.combine import combined
 from moezip.merge.layer import Merge, MergeLayer, averages
+from moezip.merge.router import fitted
 from moezip.plan.plan import RouterForm
 
 FORMS: dict[str, RouterForm] = {"dominant": "kept", "sum": "fitted", "remap": "remap"}
@@ -16,4 +17,6 @@ def merge(layer: MergeLayer, params: Any) -> Merge:
     """One layer's output experts and router, with the settings of ``moezip.merge.params.MergeParams``."""
     found = Merge(averages(layer.groups, layer.usage(params.combine), orders(layer, params)), FORMS[params.router])
     found.notes += combined(layer, params, found)
+    if params.router == "sum":
+        fitted(layer, params, found)
     return found
