@@ -11,8 +11,8 @@ squared gradient at output channel r where gradients were recorded (``--set pric
 
 to second order what it adds to the loss but for a factor. Rows that are kept cost nothing, so for given rows the best
 factors are the truncated SVD of the others, whitened: sqrt(s) W L with H = L L^T; for given factors the best rows are
-those with the largest error. Both in turn until the rows stay the same; the error never grows. Kept rows are W's own,
-and left is 0 there.
+those with the largest error. Both in turn until the rows stay the same; the error never grows. Two starts, without rows
+and with the largest ones, of which the better end is taken. Kept rows are W's own, and left is 0 there.
 
 Down sees what the factored gate and up make of the tokens. Where no token was routed to a group, H = I.
 
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -121,16 +122,9 @@ def factored(weight: torch.Tensor, moment: torch.Tensor, channels: torch.Tensor 
     heavy = torch.ones(weight.shape[0]) if channels is None else channels.float()
     heavy = (heavy / heavy.mean().clamp_min(1e-30)).clamp_min(LEAST).sqrt()
     whitened = heavy[:, None].double() * (weight.double() @ lower)
-    kept = torch.zeros(0, dtype=torch.long)
-    for _ in range(ROUNDS):
-        basis = leading(whitened, kept, size.rank)
-        error = (whitened - whitened @ basis @ basis.T).square().sum(1)
-        chosen = torch.topk(error, size.rows).indices.sort().values
-        if torch.equal(chosen, kept):
-            break
-        kept = chosen
-    else:
-        basis = leading(whitened, kept, size.rank)
+    basis, kept, _ = min(
+        (settled(whitened, start, size) for start in starts(whitened, size)), key=lambda found: found[2]
+    )
     left = (whitened @ basis) / heavy[:, None].double()
     left[kept] = 0
     right = torch.linalg.solve_triangular(lower.T, basis, upper=True).T  # basis^T lower^-1
@@ -141,6 +135,32 @@ def factored(weight: torch.Tensor, moment: torch.Tensor, channels: torch.Tensor 
     if size.rows:
         found |= {ROWS: weight[kept].float(), INDEX: kept.int()}
     return {suffix: tensor.contiguous() for suffix, tensor in found.items()}
+
+
+def starts(whitened: torch.Tensor, size: Factors) -> list[torch.Tensor]:
+    """Rows to begin with: none, and the largest, as rows of their own kind may be either."""
+    import torch
+
+    found = [torch.zeros(0, dtype=torch.long)]
+    return [*found, torch.topk(whitened.square().sum(1), size.rows).indices.sort().values] if size.rows else found
+
+
+def settled(whitened: torch.Tensor, kept: torch.Tensor, size: Factors) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Directions and rows, found in turn until they stay the same, and the error that is left."""
+    import torch
+
+    for _ in range(ROUNDS):
+        basis = leading(whitened, kept, size.rank)
+        error = (whitened - whitened @ basis @ basis.T).square().sum(1)
+        chosen = torch.topk(error, size.rows).indices.sort().values
+        if torch.equal(chosen, kept):
+            break
+        kept = chosen  # for the same directions the best
+    else:
+        basis = leading(whitened, kept, size.rank)
+        error = (whitened - whitened @ basis @ basis.T).square().sum(1)
+    error[kept] = 0
+    return basis, kept, float(error.sum())
 
 
 def leading(whitened: torch.Tensor, kept: torch.Tensor, rank: int) -> torch.Tensor:
@@ -229,9 +249,15 @@ def solve(layer: MergeLayer, params: McSmoeParams) -> Merge:
 
     found = merge(layer, params)
     chosen = [n for n, pick in enumerate(found.picks) if params.experts == "all" or pick.mixed]
-    with torch.no_grad():
-        made = {number: compressed(layer, found, number, params) for number in chosen}
-        weights = {number: dense(layer, found, number) for number in range(len(found.picks))}
+
+    def one(number: int) -> dict[ExpertRole, Tensors]:
+        with torch.no_grad():
+            return compressed(layer, found, number, params)
+
+    # one expert per thread: threads inside these small operations wait for each other most of the time
+    with ThreadPoolExecutor(torch.get_num_threads(), "moezip-factor", torch.set_num_threads, (1,)) as pool:
+        made = dict(zip(chosen, pool.map(one, chosen), strict=True))
+    weights = {number: dense(layer, found, number) for number in range(len(found.picks))}
     experts = Layer(layer, found.picks, weights, made)
     if params.steps:
         before, after = train(experts, steps=params.steps, batch=params.batch, rate=params.rate, seed=params.seed)
