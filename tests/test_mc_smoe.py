@@ -158,10 +158,10 @@ def test_every_family_is_stored_loaded_run_and_saved_as_factors(
     tiny: Tiny, cli: Cli, tmp_path: Path, name: str
 ) -> None:
     """The model in memory puts out what the checkpoint with multiplied-out matrices does."""
-    import moezip
     from moezip.arch.decoded import decoded
     from moezip.arch.skeleton import Skeleton
     from moezip.runtime.factored import FactoredMatrix
+    from moezip.runtime.load import load
 
     source, out = tiny(name, dtype="float32"), tmp_path / "out"
     merged(cli, source, out)
@@ -177,7 +177,7 @@ def test_every_family_is_stored_loaded_run_and_saved_as_factors(
             skeleton.load(skeleton.layer_targets(layer))
         skeleton.tie()
         ids = torch.arange(5, 40)[None]
-        model: Any = moezip.load(out)
+        model = load(out)
         assert sum(isinstance(module, FactoredMatrix) for module in model.modules()) == len(table)
         with torch.no_grad():
             mine = model(ids).logits
