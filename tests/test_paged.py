@@ -15,25 +15,27 @@ import torch
 import moezip
 from moezip.arch.families import ARCHITECTURES
 from moezip.arch.ragged import RaggedExperts
-from moezip.calibrate.experts import IMPLEMENTATION
+from moezip.calibrate.experts import IMPLEMENTATION, register
 from moezip.checkpoint.reader import Checkpoint
 from moezip.errors import ArchitectureError, CheckpointError, UsageError
-from moezip.formats.packed import Grid
+from moezip.formats.packed import Grid, encode
 from moezip.kernels import products
 from moezip.pipeline.items import Item
+from moezip.quantize.rtn import RtnParams
+from moezip.quantize.rtn import solve as rtn
 from moezip.runtime.linear import Packed
 from moezip.runtime.paged import PagedExperts, RaggedPaged, packed_bytes
 from moezip.runtime.pages import Pages, bytes_of
-from tests.test_packed_runtime import MIX, all_alike, everything, packed
+from tests.test_packed_runtime import MIX, UP, _put, all_alike, damaged, everything, foreign, packed
 from tests.test_ragged import kept_of, ragged
 
 Tiny = Callable[..., Path]
 families = pytest.mark.parametrize("name", ARCHITECTURES)
 # More than all experts of any tiny model.
 ALL = 2**20
-# bf16 has 8 bits, a result rounded to it is half a unit of the last one off. Where the experts of a call do not fit into
-# the cache together, a layer's output is rounded once per part and once for the sum; three layers with k = 2 of these,
-# at weights that make outputs larger than inputs. Seen: 0.004.
+# bf16 has 8 bits, a result rounded to it is half a unit of the last one off. Where the experts of a call do not fit
+# into the cache together, a layer's output is rounded once per part and once for the sum; three layers of k = 2 of
+# these, at weights that make outputs larger than inputs. Of the logits' norm; 0.0075 was the worst of all families.
 PARTS = 0.02
 
 
@@ -66,7 +68,9 @@ def largest(model: Any) -> int:
 @families
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_plain_experts_on_disk_are_those_in_memory(name: str, dtype: str, tiny: Tiny) -> None:
-    folder = tiny(name, dtype=dtype)
+    # torch rounds sigmoid otherwise behind the last whole 32 numbers, and gpt-oss applies its gate to the tokens of all
+    # experts in one piece where they are in memory
+    folder = tiny(name, dtype=dtype, **({"intermediate_size": 32} if name == "gpt_oss" else {}))
     wanted = logits(in_memory(folder))
     model = moezip.load(folder, experts="mmap", cache=ALL)
     assert torch.equal(logits(model), wanted)
@@ -127,9 +131,7 @@ def test_stored_quantization_is_decoded_as_it_is_read(name: str, stored: str, ti
 
 
 def test_codes_of_compressed_tensors_stay_packed(tiny: Tiny, tmp_path: Path) -> None:
-    from tests.test_export_formats import int4  # noqa: PLC0415
-
-    folder = int4(tiny("qwen3_moe", dtype="bfloat16"), tmp_path)
+    folder = foreign(tiny("qwen3_moe", dtype="bfloat16"), tmp_path / "foreign", experts_on_four)
     model = moezip.load(folder, experts="mmap", cache=ALL)
     assert any(isinstance(module, RaggedPaged) for module in model.modules())
     assert torch.equal(logits(model), logits(in_memory(folder)))
@@ -147,8 +149,6 @@ def test_the_implementation_of_skipping_and_its_nobody(tiny: Tiny) -> None:
     """Tokens sent to nobody get nothing; products are those of moezip's implementation for experts in memory."""
     folder = tiny("gpt_oss", dtype="float32")
     stock, model = in_memory(folder), moezip.load(folder, experts="mmap", cache=ALL)
-    from moezip.calibrate.experts import register
-
     for each in (stock, model):
         each.config._experts_implementation = register()
     assert model.model.layers[0].mlp.experts.config._experts_implementation == IMPLEMENTATION
@@ -237,10 +237,6 @@ def test_what_is_held_and_read_is_what_was_used(tiny: Tiny) -> None:
 
 @pytest.mark.parametrize("grid", [each for each in MIX if each is not None], ids=str)
 def test_codes_take_no_more_than_is_counted(grid: Grid) -> None:
-    from moezip.formats.packed import encode
-    from moezip.quantize.rtn import RtnParams
-    from moezip.quantize.rtn import solve as rtn
-
     tensors = encode(rtn(torch.randn(21, 48), None, grid, RtnParams()).codes)
     matrix = Packed(grid, 21, 48, None, torch.device("cpu"))
     assert packed_bytes(matrix) >= sum(tensor.nbytes for tensor in tensors.values())
@@ -307,8 +303,6 @@ def test_a_changed_shard_is_detected(how: str, kind: str, tiny: Tiny, tmp_path: 
 
 
 def test_corrupt_codes_are_found_when_they_are_read(tiny: Tiny, tmp_path: Path) -> None:
-    from tests.test_packed_runtime import UP, _put, damaged
-
     folder = packed(tiny("qwen3_moe", dtype="bfloat16"), tmp_path / "good", experts_on_four, everything)
     bad = damaged(folder, tmp_path / "bad", UP + "weight_scale", _put(float("nan")))
     model = moezip.load(bad, experts="mmap", cache=ALL)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from importlib import import_module
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from moezip.arch.layout import METHOD, Layout, own_format
 from moezip.arch.mone import Substitution
@@ -33,6 +33,8 @@ def load(
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     activations: str = "exact",
+    experts: Literal["ram", "mmap"] = "ram",
+    cache: int | str | None = None,
 ) -> Any:
     """A transformers model, each parameter read once, straight into its place.
 
@@ -42,17 +44,29 @@ def load(
     With ``patterns`` (made by `moezip tasks build`) only the experts of one task are read: of the task that ``task``
     names, or of the one nearest to ``prompt``; see ``moezip.runtime.tasks.load_for_task``.
 
+    With ``experts="mmap"`` everything but the experts is read; these stay on disk and are read as they are used, so
+    that models larger than memory run. ``model.moezip_experts.stats()`` tells hits, misses and bytes read
+    (``moezip.runtime.pages.PageStats``).
+
     Args:
-        checkpoint: a folder.
+        checkpoint: a folder. With ``experts="mmap"`` its files must stay as they are while the model is in use.
         dtype: default the config's own.
+        activations: what packed matrices are multiplied by: ``exact``, as they are, or ``int8``, rounded to whole
+            numbers of 8 bits with one step for every 32 of them, which is faster.
+        experts: where they are: in memory, or on disk. The files are read piece by piece and not mapped, as mapped
+            pages would count as memory of the process.
+        cache: bytes of experts that are kept in memory once read, or a text such as ``2GiB``; default a quarter of
+            the memory that is free.
 
     Raises:
         CheckpointError, ArchitectureError: no model, or one that moezip does not know.
-        UsageError: prompt, task or threshold without patterns, or a task that does not exist.
+        UsageError: other activations, prompt, task or threshold without patterns, or a task that does not exist; a
+            cache that is smaller than one expert, or one without experts on disk.
         PlanError: patterns of another checkpoint.
     """
     if activations not in ("exact", "int8"):
         raise UsageError(f"activations are exact or int8, not {activations!r}", where="moezip.load")
+    _require_sense(experts, cache, device, patterns)
     if patterns is not None:
         return load_for_task(
             checkpoint, patterns, prompt=prompt, task=task, threshold=threshold, device=device, dtype=dtype
@@ -60,6 +74,13 @@ def load(
     if prompt is not None or task is not None or threshold is not None:
         raise UsageError("a prompt, a task or a threshold means nothing without patterns", where="moezip.load",
                          next="give patterns=FILE, made by `moezip tasks build`")  # fmt: skip
+    if experts == "mmap":
+        from moezip.runtime.paged_load import load_paged
+
+        opened = Checkpoint.open(checkpoint)  # which the model keeps
+        packed = Layout.of(opened.config) is not None or _stays_packed(opened)
+        room = _quarter() if cache is None else cache
+        return load_paged(opened, cache=room, packed=packed, dtype=dtype, activations=activations)
     with Checkpoint.open(checkpoint) as source:
         if Substitution.of(source.config) is not None:
             from moezip.calibrate.experts import register
@@ -73,6 +94,29 @@ def load(
 
         set_activations(model, activations)
     return model
+
+
+def _require_sense(experts: str, cache: int | str | None, device: str, patterns: object) -> None:
+    """Raises UsageError if what was asked of the experts cannot be."""
+    if experts not in ("ram", "mmap"):
+        raise UsageError(f"experts are 'ram' or 'mmap', not {experts!r}", where="moezip.load",
+                         next="'mmap' leaves them on disk")  # fmt: skip
+    if experts == "ram":
+        if cache is not None:
+            raise UsageError("a cache is for experts on disk", where="moezip.load", next="give experts='mmap' too")
+    elif patterns is not None:
+        raise UsageError("the experts of one task are read at once, and cannot stay on disk", where="moezip.load",
+                         next="leave out patterns, or experts='mmap'")  # fmt: skip
+    elif str(device) != "cpu":
+        raise UsageError(f"experts that stay on disk run on the CPU, not on {device}", where="moezip.load",
+                         next="leave out device, or experts='mmap'")  # fmt: skip
+
+
+def _quarter() -> int:
+    """A quarter of the memory that is free."""
+    import psutil
+
+    return int(psutil.virtual_memory().available // 4)
 
 
 def _stays_packed(source: Source) -> bool:

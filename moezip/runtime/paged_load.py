@@ -65,6 +65,8 @@ def load_paged(
     pages = Pages(limit, source)
     grids = packed_grids(source) if packed else {}
     dense = _install(skeleton, pages, source, plain, grids)
+    if dense:
+        skeleton.model.config._is_quantized = True  # some models ask before they reach for a Linear's weight
     _require_room(skeleton.model, limit)
     _load_the_rest(skeleton, source, dense)
     for module in (
