@@ -21,7 +21,7 @@ RUNS: tuple[tuple[str, dict[str, str]], ...] = (
     *(("odp", {"quantile": q}) for q in ("0.25", "0.5", "0.75")),
     ("odp", {"quantile": "0.5", "protect": "0.1"}),
     ("odp", {"quantile": "0.75", "layers": "3"}),
-    *(("otp", {"penalty": p}) for p in ("0.02", "0.05", "0.1", "0.2")),
+    *(("otp", {"penalty": p}) for p in ("0.004", "0.01", "0.02", "0.04")),
 )
 
 

@@ -68,7 +68,7 @@ class Lessons:
         ratios: [n, k] float32, of ``ranked``.
         products: [n, k, k] float32: inner products of what the layer's routed output would change by if the best 1, 2,
             ..., k experts ran. The diagonal is the squared error of each choice; the last row and column are 0.
-        scale: mean squared length of the routed output.
+        scale: mean squared length of the residual stream that the routed output joins, in the output's own units.
     """
 
     inputs: torch.Tensor
@@ -79,18 +79,28 @@ class Lessons:
 
 class _Given(threading.local):
     arguments: Any = None
+    stream: Any = None
 
 
 class LessonCapture(Capture):
     """Watches MoE layers as ``Capture`` does, and keeps what mask networks learn from in place of sums.
 
     Args:
+        scale: factor on the routed output as it joins the residual stream.
         renormalise: whether the gates that stay share out those of the dropped.
         every: of how many tokens one is kept.
     """
 
-    def __init__(self, architecture: Architecture, facts: Sequence[LayerFacts], *, renormalise: bool, every: int):
-        super().__init__(architecture, facts, (), 1.0)
+    def __init__(
+        self,
+        architecture: Architecture,
+        facts: Sequence[LayerFacts],
+        scale: float,
+        *,
+        renormalise: bool,
+        every: int,
+    ):
+        super().__init__(architecture, facts, (), scale)
         self.renormalise, self.every = renormalise, every
         self._found: list[Mapping[str, Any]] = []
         self._given = _Given()
@@ -105,7 +115,13 @@ class LessonCapture(Capture):
         def keep(_module: Any, arguments: tuple[Any, ...]) -> None:
             self._given.arguments = arguments
 
-        self._hooks = [self._experts.register_forward_pre_hook(keep)]
+        def keep_stream(_module: Any, arguments: tuple[Any, ...]) -> None:
+            self._given.stream = arguments[0]
+
+        self._hooks = [
+            self._experts.register_forward_pre_hook(keep),
+            module.get_submodule(entry.norm).register_forward_pre_hook(keep_stream),
+        ]
         self._found = []
 
     def release(self, layer: int, module: Any) -> None:
@@ -119,12 +135,14 @@ class LessonCapture(Capture):
         import torch
 
         hidden, ids, gates = self._given.arguments
-        self._given.arguments = None
+        stream = self._given.stream.reshape(hidden.shape[0], -1)
+        self._given.arguments = self._given.stream = None
         valid = self._routed.valid
         real = torch.arange(hidden.shape[0], device=hidden.device)
         real = (real if valid is None else real[valid])[:: self.every]
         with torch.inference_mode():
             found = lessons(self._experts, hidden[real], ids[real], gates[real], self.renormalise)
+            found["squares"] = stream[real].float().square().sum(-1) / self.scale**2
         return found  # type: ignore[return-value]
 
     def add(self, layer: int, domain: str, seen: Mapping[str, Any]) -> None:
@@ -147,7 +165,7 @@ class LessonCapture(Capture):
 def lessons(
     experts: Any, hidden: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor, renormalise: bool
 ) -> dict[str, torch.Tensor]:
-    """Inputs, ratios, products (see ``Lessons``) and squared lengths [n] of the routed outputs of n tokens.
+    """Inputs, ratios and products (see ``Lessons``) of n tokens.
 
     Args:
         experts: the experts module. hidden: [n, D]. ids, gates: [n, k], from the model's own router.
@@ -157,7 +175,7 @@ def lessons(
 
     places, ratios = ranked(gates)
     ids, sizes = ids.gather(1, places), gates.float().gather(1, places)
-    products, squares = [], []
+    products = []
     for start in range(0, len(hidden), step := max(CHUNK_VALUES // (hidden.shape[1] * ids.shape[1]), 1)):
         part = slice(start, start + step)
         partial = (sizes[part, :, None] * outputs_by_rank(experts, hidden[part], ids[part])).cumsum(1)
@@ -169,8 +187,7 @@ def lessons(
         change = partial - whole
         change[:, -1] = 0
         products.append(change @ change.transpose(1, 2))
-        squares.append(whole[:, 0].square().sum(-1))
-    return {"inputs": hidden, "ratios": ratios, "products": torch.cat(products), "squares": torch.cat(squares)}
+    return {"inputs": hidden, "ratios": ratios, "products": torch.cat(products)}
 
 
 def outputs_by_rank(experts: Any, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from moezip.export.verify import MANIFEST, manifest_bytes, require_verified
 from moezip.plan.apply import Applied
 from moezip.plan.plan import Plan
 from moezip.progress import Progress, Watch, unwatched
+from moezip.runtime.skipping import MASKS, Skipping
 
 PLAN = "moezip/plan.json"
 REPORT = "moezip/report.json"
@@ -77,7 +78,7 @@ def write_checkpoint(
             stage.add(CARD, text.encode())
         if plan is not None:
             stage.add(PLAN, plan.to_json().encode())
-        for name, content in (extra or {}).items():
+        for name, content in {**kept_masks(view), **(extra or {})}.items():
             stage.add(name, content)
         stage.add(REPORT, report().encode())
         facts: dict[str, Any] = {
@@ -91,6 +92,14 @@ def write_checkpoint(
         require_verified(stage.folder, digests=stage.digests, deep=False)
         watch(Progress("verify", 1, 1, "steps"))
         return dict(stage.digests)
+
+
+def kept_masks(view: Source) -> dict[str, bytes]:
+    """The mask networks of a source that skips experts by them, which do not depend on how many experts there are."""
+    skipping = Skipping.of(view.config)
+    if skipping is None or skipping.rule != "otp" or not (view.folder / MASKS).is_file():
+        return {}
+    return {MASKS: (view.folder / MASKS).read_bytes()}
 
 
 def card(applied: Planned) -> str | None:

@@ -62,13 +62,13 @@ class OtpParams:
     """Settings of ``otp``.
 
     Attributes:
-        penalty: what keeping all of a token's experts costs, in mean squared lengths of the layer's routed output:
-            larger ones skip more.
+        penalty: what keeping all of a token's experts costs, in mean squared lengths of the residual stream: larger
+            ones skip more.
         steps: of training, per layer.
         renormalise: as of ``naee``.
     """
 
-    penalty: float = 0.1
+    penalty: float = 0.01
     steps: int = 600
     renormalise: str = "auto"
 
@@ -273,7 +273,9 @@ def by_masks(prepared: PreparedSkip, job: SkipJob, common: Common, workdir: Path
     model, rows = prepared.model, _rows(prepared, job, common)
     stream = Stream(model.source, device=common.device, max_memory=common.max_memory, spill=workdir)
     every = max(-(-rows.tokens() // LESSONS), 1)
-    capture = LessonCapture(model.architecture, model.facts, renormalise=prepared.renormalise, every=every)
+    key = model.architecture.residual_scale_key
+    scale = float(model.source.config.get(key) or 1.0) if key else 1.0
+    capture = LessonCapture(model.architecture, model.facts, scale, renormalise=prepared.renormalise, every=every)
     networks, dropped, calls = {}, 0, 0
     states = stream.embed(rows)
     try:
