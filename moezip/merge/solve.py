@@ -7,6 +7,7 @@ from typing import Any
 from moezip.merge.align import orders
 from moezip.merge.combine import combined
 from moezip.merge.layer import Merge, MergeLayer, averages
+from moezip.merge.price import priced
 from moezip.merge.router import fitted
 from moezip.plan.plan import RouterForm
 
@@ -19,4 +20,5 @@ def merge(layer: MergeLayer, params: Any) -> Merge:
     found.notes += combined(layer, params, found)
     if params.router == "sum":
         fitted(layer, params, found)
+    priced(layer, found)
     return found

@@ -156,11 +156,22 @@ def require_text(prepared: Prepared, job: MergeJob) -> None:
 def mixed_statistics(stats: Statistics, facts: Sequence[LayerFacts], weights: Mapping[str, float]) -> dict[
     int, dict[str, Array]
 ]:  # fmt: skip
-    """Per layer the statistics of the mixture of domains."""
+    """Per layer the statistics of the mixture of domains, and how many scored tokens they stand for."""
+    import numpy as np
+
+    from moezip.merge.price import SCORED
     from moezip.plan.allocate import mix_domains
 
     shares = [weights.get(domain.name, 1.0) for domain in stats.domains]
-    return {fact.layer: mix_domains(stats.domains, fact.layer, shares) for fact in facts}
+    scored = np.asarray(mixed_scored(stats, shares))
+    return {fact.layer: {**mix_domains(stats.domains, fact.layer, shares), SCORED: scored} for fact in facts}
+
+
+def mixed_scored(stats: Statistics, shares: Sequence[float]) -> float:
+    """Scored tokens on the scale of the mixture's sums, which are per token of each domain where there are several."""
+    if len(stats.domains) == 1:
+        return float(stats.domains[0].scored)
+    return sum(share * domain.scored / domain.tokens for share, domain in zip(shares, stats.domains, strict=True))
 
 
 def make_groups(

@@ -120,6 +120,8 @@ def factor_note(plan: Plan, stats: Statistics | None) -> str | None:
     """What the reader of a report should know where a predicted rise was to be corrected and is not; else None."""
     if stats is None or "predicted_nats" not in plan.made_by or plan.made_by["settings"].get("probes", PROBES) == 0:
         return None
+    if plan.merges:  # what is priced there is no drop, and is not corrected
+        return None
     taken = {
         "experts": any(len(layer.picks) < layer.experts for layer in plan.layers),
         "neurons": not all(layer.whole for layer in plan.layers),
