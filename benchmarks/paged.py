@@ -6,10 +6,10 @@
    tokens of prompt, 32 generated, in processes of their own, with all experts in memory and with caches of a few sizes.
    The peak is the system's own figure for the process (``ru_maxrss``), interpreter and libraries inside; the table has
    what the imports alone take. Files come from the page cache wherever the system has them there, so speed is that of
-   copying rather than of the disk; ``--cold`` empties it before every run (Linux, as root) .
-2. With ``--model CKPT --text FILE``, a trained model (random weights route more evenly than trained ones do): hit rate by
-   share of the experts that the cache holds, over prompts from the text; and, of the same uses, what one common queue
-   over all layers would have.
+   copying rather than of the disk; ``--cold`` empties it before every run (Linux, as root).
+2. With ``--model CKPT --text FILE``, a trained model (random weights route more evenly than trained ones do): hit rate
+   by share of the experts that the cache holds, over 200 generated tokens behind a prompt from the text; and, of the
+   same uses, what one common queue over all layers would have.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ def memory_and_speed(work: Path, rounds: int, cold: bool) -> dict[str, Any]:
             paged = "hit_rate" in runs[0]
             rows.append((
                 name, f"{size / MIB:.0f}", cache, f"{(peak - imports) / MIB:.0f}", f"{peak / MIB:.0f}",
-                f"{runs[0]['hit_rate']:.1%}" if paged else "", f"{runs[0]['bytes_read'] / 32 / MIB:.0f}" if paged else "",
+                f"{runs[0]['hit_rate']:.1%}" if paged else "",
+                f"{runs[0]['bytes_read'] / 32 / MIB:.0f}" if paged else "",
                 f"{measure.median(speed):.1f}", measure.all_of(speed, 1),
             ))  # fmt: skip
     head = ("model", "MiB on disk", "cache", "peak MiB beyond imports", "peak MiB", "hits", "MiB read per token",
