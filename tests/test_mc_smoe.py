@@ -249,6 +249,20 @@ def test_a_missing_factor_is_found(tiny: Tiny, cli: Cli, tmp_path: Path) -> None
     assert answer.code == 1 and "rank2+1" in answer.out + answer.err
 
 
+def test_rows_without_a_place_are_found(tiny: Tiny, cli: Cli, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    merged(cli, tiny("qwen3_moe"), tmp_path / "out")
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
+    name = next(name for name in index if name.endswith(INDEX))
+    file = tmp_path / "out" / index[name]
+    tensors = load_file(file)
+    tensors[name][-1] = 999
+    save_file(tensors, file, {"format": "pt"})
+    answer = cli("verify", tmp_path / "out")
+    assert answer.code == 1 and "ascending" in answer.out + answer.err
+
+
 def test_load_is_the_first_thing_that_a_process_does(tiny: Tiny, cli: Cli, tmp_path: Path) -> None:
     merged(cli, tiny("qwen3_moe"), tmp_path / "out")
     before = files_of(tmp_path / "out")

@@ -26,7 +26,7 @@ KEY = "factors"
 
 Factoring = Mapping[str, Factors]
 
-__all__ = ["KEY", "Factoring", "factoring_of", "folded", "stored", "table_of"]
+__all__ = ["KEY", "Factoring", "factoring_of", "folded", "stem", "stored", "table_of"]
 
 
 def table_of(data: Any) -> dict[str, Factors]:

@@ -74,6 +74,7 @@ def verify(folder: str | os.PathLike[str], *, digests: Mapping[str, str] | None 
         findings += _finite(checkpoint, deep)
         if deep:
             findings += _codes(checkpoint)
+            findings += _factors(checkpoint)
     return findings
 
 
@@ -147,6 +148,20 @@ def _codes(checkpoint: Checkpoint) -> Iterator[Finding]:
         for suffix, tensor in tensors.items():
             if not tensor.equal(again[suffix]):
                 yield Finding(f"its {suffix} is not what its codes are stored as", name)
+
+
+def _factors(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Factored matrices whose kept rows have no place."""
+    from moezip.arch.factoring import factoring_of, stem
+    from moezip.formats.factors import INDEX, LEFT, require_sound
+
+    try:
+        factors = factoring_of(checkpoint.config)
+        for name, size in factors.items():
+            if size.rows:
+                require_sound({suffix: checkpoint.read(stem(name) + suffix) for suffix in (LEFT, INDEX)}, name)
+    except MoezipError as error:
+        yield Finding(error.what, error.where or "config.json")
 
 
 # -- checksums ----------------------------------------------------------------------------------------------
