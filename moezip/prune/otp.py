@@ -6,7 +6,7 @@ those of the softmax at a temperature that falls, and the loss is the squared er
 ``penalty`` times the share of experts kept. At run time the likeliest mask is taken.
 
 Errors are relative to the mean squared length of the residual stream that the output joins, which makes one penalty fit
-all layers: relative to the routed output itself, the rise of a reference model's loss was twice as large for as many
+all layers: relative to the routed output itself, a reference model's loss rose about twice as much for as many
 calls saved.
 
 Written from a description of the paper; its code was not available. The authors' network, masks and schedule may
