@@ -44,8 +44,8 @@ with torch.inference_mode():
 """
 
 
-def write(folder: Path) -> None:
-    """The checkpoint, unless it is there: random codes, all scales alike."""
+def write(folder: Path, codes: str = GRID) -> None:
+    """The checkpoint, unless it is there: random codes on the grid ``codes``, all scales alike."""
     if (folder / "config.json").exists():
         return
     from moezip.arch.families import ARCHITECTURES
@@ -56,7 +56,7 @@ def write(folder: Path) -> None:
     unfinished = folder.with_suffix(".part")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    grid = Grid.parse(GRID)
+    grid = Grid.parse(codes)
     layout = Layout({layer: (SHAPE.width,) * SHAPE.experts for layer in range(SHAPE.layers)})
     trip = tripwire(ARCHITECTURES["qwen3_moe"], layout)
     packing = _shards(unfinished, grid, trip)

@@ -208,8 +208,13 @@ def main() -> None:
         print(measure.table(head, rows), end="\n\n", flush=True)
         values[f"{threads} threads"] = found
     rows, found = layers(given.threads, given.bits, given.seconds, library)
-    head = ("threads", "tokens", "bf16 us", *(f"{b} bits {a}" for b in given.bits for a in ("exact", "int8")))
-    print(measure.table(head, rows))
+    heads: tuple[str, ...] = (
+        "threads",
+        "tokens",
+        "bf16 us",
+        *(f"{b} bits {a}" for b in given.bits for a in ("exact", "int8")),
+    )
+    print(measure.table(heads, rows))
     measure.save(given.json, {**values, "layers": found})
 
 

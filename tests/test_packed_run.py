@@ -102,6 +102,7 @@ def model(tiny: Tiny, tmp_path: Path) -> Any:
 
 
 def test_experts_with_many_tokens_are_decoded(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast, "CROSSOVER", {torch.bfloat16: 32})
     module = experts_of(model)[0]
     given = routed(module, 150, torch.bfloat16)
     given[1][:100] = torch.tensor([1, 2])  # these two have more than 32 tokens whatever the others have
@@ -118,7 +119,8 @@ def test_experts_with_many_tokens_are_decoded(model: Any, monkeypatch: pytest.Mo
     assert near(module(*given), found, 0.05) and not calls
 
 
-def test_linears_with_many_tokens_are_decoded(model: Any) -> None:
+def test_linears_with_many_tokens_are_decoded(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast, "CROSSOVER", {torch.bfloat16: 32})
     linear = next(module for module in model.modules() if isinstance(module, PackedLinear))
     x = torch.randn(3, 40, linear.columns, dtype=torch.bfloat16)
     found = linear(x)

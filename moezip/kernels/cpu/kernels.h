@@ -168,7 +168,8 @@ struct Kernels {
   bool halves, bytes;  // are there products of bf16 as it is, and of whole numbers
   int tokens_at_once;  // most tokens of one call of product, a power of two; the others are its smaller ones
   void (*prepare)(const Prepare&, int64_t first, int64_t last);  // tokens
-  void (*product)(const Matrix&, int path, int tokens, int64_t block, const Token*, float* out);  // out [tokens, 16]
+  // out [blocks, tokens, 16] of one or two blocks
+  void (*product)(const Matrix&, int path, int tokens, int64_t block, int blocks, const Token*, float* out);
   void (*gate)(int activation, float alpha, float limit, float* gate, const float* up, int64_t count);
   int (*relay)(const Relay&, int64_t first, int64_t last);    // blocks
   int (*unrelay)(const Relay&, int64_t first, int64_t last);  // blocks

@@ -62,7 +62,7 @@ static void relay_block(const Relay& job, int64_t block, uint8_t* scratch) {
     const int64_t end = units * 4 * BITS;
     for (int64_t unit = 0; unit < units; ++unit) {
       uint8_t* out = to + unit * LINE * BITS + 4 * row;
-#pragma GCC unroll 4
+MOEZIP_UNROLLED
       for (int b = 0; b < 4; ++b) {
         uint64_t chunk = 0;
         const int64_t at = (4 * unit + b) * BITS;
@@ -72,7 +72,7 @@ static void relay_block(const Relay& job, int64_t block, uint8_t* scratch) {
           memcpy(&chunk, from + at, BITS);
         }
         chunk = planes<BITS>(chunk);
-#pragma GCC unroll 8
+MOEZIP_UNROLLED
         for (int line = 0; line < BITS; ++line) out[LINE * line + b] = (uint8_t)(chunk >> (8 * line));
       }
     }

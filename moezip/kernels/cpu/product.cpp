@@ -42,7 +42,7 @@ template <int BITS>
 struct Unit {
   uvec line[BITS];
   explicit inline Unit(const uint8_t* lines) {
-#pragma GCC unroll 8
+MOEZIP_UNROLLED
     for (int i = 0; i < BITS; ++i) {
       __builtin_prefetch(lines + AHEAD + LINE * i);
       line[i] = load_words(lines + LINE * i);
@@ -153,18 +153,18 @@ static inline vec one_token(const uint8_t* lines, int64_t units, const Token& x,
     const Unit<BITS> unit(lines);
     if constexpr (PATH == FLOATS) {
       const float* from = as_floats(x.values) + UNIT * u;
-#pragma GCC unroll 8
+MOEZIP_UNROLLED
       for (int s = 0; s < 8; ++s)
-#pragma GCC unroll 4
+MOEZIP_UNROLLED
         for (int b = 0; b < 4; ++b)
           sum[b] = fused_more((vec)floats_value<BITS>(unit, s, b), splat(from[s + 8 * b]), sum[b]);
     }
 #if defined(__AVX512BF16__)
     if constexpr (PATH == HALVES) {
       const uint32_t* from = x.values + 16 * u;
-#pragma GCC unroll 8
+MOEZIP_UNROLLED
       for (int s = 0; s < 8; ++s)
-#pragma GCC unroll 2
+MOEZIP_UNROLLED
         for (int h = 0; h < 2; ++h) {
           vec& to = sum[2 * (s % 2) + h];
           to = dot_halves(to, halves_value<BITS>(unit, s, h), from[s + 8 * h]);
@@ -176,7 +176,7 @@ static inline vec one_token(const uint8_t* lines, int64_t units, const Token& x,
     if constexpr (PATH == BYTES) {
       const uint32_t* from = x.values + 8 * u;
       uvec part[2] = {}, high = {};
-#pragma GCC unroll 8
+MOEZIP_UNROLLED
       for (int s = 0; s < 8; ++s) {
         if (BITS == 8 && !WHOLE_BYTES) {
           const uvec word = unit.line[s % BITS];
@@ -200,22 +200,22 @@ template <int PATH, int BITS>
 static inline void decode_unit(const uint8_t* lines, uvec* values) {
   const Unit<BITS> unit(lines);
   if constexpr (PATH == FLOATS) {
-#pragma GCC unroll 8
+MOEZIP_UNROLLED
     for (int s = 0; s < 8; ++s)
-#pragma GCC unroll 4
+MOEZIP_UNROLLED
       for (int b = 0; b < 4; ++b) values[s + 8 * b] = floats_value<BITS>(unit, s, b);
   }
   if constexpr (PATH == HALVES) {
-#pragma GCC unroll 8
+MOEZIP_UNROLLED
     for (int s = 0; s < 8; ++s)
-#pragma GCC unroll 2
+MOEZIP_UNROLLED
       for (int h = 0; h < 2; ++h) {
         values[s + 8 * h] = halves_value<BITS>(unit, s, h);
         if (BITS == 8) values[16 + s + 8 * h] = halves_lowest<BITS>(unit, s, h);
       }
   }
   if constexpr (PATH == BYTES) {
-#pragma GCC unroll 8
+MOEZIP_UNROLLED
     for (int s = 0; s < 8; ++s) {
       values[s] = bytes_value<BITS>(unit, s);
       if (BITS == 8 && !WHOLE_BYTES) values[8 + s] = (values[s] >> 4) & 0x0F0F0F0Fu, values[s] &= 0x0F0F0F0Fu;
@@ -223,16 +223,25 @@ static inline void decode_unit(const uint8_t* lines, uvec* values) {
   }
 }
 
-// Sums of a token that do not wait for each other: a sum takes several cycles, of which each begins two.
-constexpr int chains(int tokens) { return tokens >= 8 ? 2 : 4; }
+// A strip is one vector of rows. Two at a time share what is read of the activations.
+#if defined(__AVX512F__)
+constexpr int MOST_SUMS = 16;
+#else
+constexpr int MOST_SUMS = 8;
+#endif
 
-// Adds the products of some units to `total` [TOKENS]. A unit has `places` vectors of numbers in each of `parts` parts.
-template <int PATH, int TOKENS>
+// Sums of a token in a strip that do not wait for each other: a sum takes several cycles, of which each begins two.
+constexpr int chains(int sums) { return 4 * sums <= MOST_SUMS ? 4 : 2 * sums <= MOST_SUMS ? 2 : 1; }
+
+// Adds the products of some units to `total` [STRIPS, TOKENS]. A unit has MOST_VALUES vectors of numbers, of which it
+// uses some for each of `parts` parts; those of strips are STRIP_VALUES apart.
+constexpr int STRIP_VALUES = UNITS_AT_ONCE * MOST_VALUES;
+
+template <int PATH, int TOKENS, int STRIPS>
 static void many_tokens(const uvec* values, int parts, int64_t units, const Token* x, int64_t unit, vec* total) {
-  constexpr int CHAINS = chains(TOKENS);
   if constexpr (PATH == FLOATS || PATH == HALVES) {
-    constexpr int PLACES = PATH == FLOATS ? 32 : 16;
-    vec sum[TOKENS][CHAINS] = {};
+    constexpr int PLACES = PATH == FLOATS ? 32 : 16, CHAINS = chains(STRIPS * TOKENS);
+    vec sum[STRIPS][TOKENS][CHAINS] = {};
     const uint32_t* from[TOKENS];
     for (int t = 0; t < TOKENS; ++t) from[t] = x[t].values + PLACES * unit;
     for (int part = 0; part < parts; ++part)
@@ -240,49 +249,65 @@ static void many_tokens(const uvec* values, int parts, int64_t units, const Toke
         const uvec* value = values + MOST_VALUES * u + PLACES * part;
         const int64_t place = PLACES * u;
         for (int p = 0; p < PLACES; p += CHAINS)
-#pragma GCC unroll 4
+          MOEZIP_UNROLLED
           for (int c = 0; c < CHAINS; ++c)
-#pragma GCC unroll 8
+            MOEZIP_UNROLLED
             for (int t = 0; t < TOKENS; ++t) {
-              if constexpr (PATH == FLOATS)
-                sum[t][c] = fused_more((vec)value[p + c], splat(as_floats(from[t])[place + p + c]), sum[t][c]);
+              if constexpr (PATH == FLOATS) {
+                const vec one = splat(as_floats(from[t])[place + p + c]);
+                MOEZIP_UNROLLED
+                for (int r = 0; r < STRIPS; ++r)
+                  sum[r][t][c] = fused_more((vec)value[STRIP_VALUES * r + p + c], one, sum[r][t][c]);
+              }
 #if defined(__AVX512BF16__)
-              else
-                sum[t][c] = dot_halves(sum[t][c], value[p + c], from[t][place + p + c]);
+              else {
+                const uint32_t pair = from[t][place + p + c];
+                MOEZIP_UNROLLED
+                for (int r = 0; r < STRIPS; ++r)
+                  sum[r][t][c] = dot_halves(sum[r][t][c], value[STRIP_VALUES * r + p + c], pair);
+              }
 #endif
             }
       }
-    for (int t = 0; t < TOKENS; ++t)
-      for (int c = 0; c < CHAINS; ++c) total[t] += sum[t][c];
+    for (int r = 0; r < STRIPS; ++r)
+      for (int t = 0; t < TOKENS; ++t)
+        for (int c = 0; c < CHAINS; ++c) total[TOKENS_AT_ONCE * r + t] += sum[r][t][c];
   }
 #if defined(__AVX2__)
   if constexpr (PATH == BYTES) {
     for (int64_t u = 0; u < units; ++u)
       for (int part = 0; part < parts; ++part) {
         const uvec* value = values + MOST_VALUES * u + 8 * part;
-        uvec sum[TOKENS] = {};
-#pragma GCC unroll 8
+        uvec sum[STRIPS][TOKENS] = {};
+        MOEZIP_UNROLLED
         for (int s = 0; s < 8; ++s)
-#pragma GCC unroll 8
-          for (int t = 0; t < TOKENS; ++t) sum[t] = dot_bytes(sum[t], value[s], x[t].values[8 * (unit + u) + s]);
-        for (int t = 0; t < TOKENS; ++t)
-          total[t] = fused_more(to_floats(part ? sum[t] << 4 : sum[t]), splat(x[t].steps[unit + u]), total[t]);
+          MOEZIP_UNROLLED
+          for (int t = 0; t < TOKENS; ++t) {
+            const uint32_t four = x[t].values[8 * (unit + u) + s];
+            MOEZIP_UNROLLED
+            for (int r = 0; r < STRIPS; ++r) sum[r][t] = dot_bytes(sum[r][t], value[STRIP_VALUES * r + s], four);
+          }
+        for (int r = 0; r < STRIPS; ++r)
+          for (int t = 0; t < TOKENS; ++t) {
+            vec& to = total[TOKENS_AT_ONCE * r + t];
+            to = fused_more(to_floats(part ? sum[r][t] << 4 : sum[r][t]), splat(x[t].steps[unit + u]), to);
+          }
       }
   }
 #endif
 }
 
-template <int PATH>
+template <int PATH, int STRIPS>
 static inline void by_tokens(int tokens, const uvec* values, int parts, int64_t units, const Token* x, int64_t unit,
                              vec* total) {
   switch (tokens) {
 #if defined(__AVX512F__)
-    case 8: return many_tokens<PATH, 8>(values, parts, units, x, unit, total);
+    case 8: return many_tokens<PATH, 8, STRIPS>(values, parts, units, x, unit, total);
 #endif
 #if defined(__AVX2__)
-    case 4: return many_tokens<PATH, 4>(values, parts, units, x, unit, total);
+    case 4: return many_tokens<PATH, 4, STRIPS>(values, parts, units, x, unit, total);
 #endif
-    default: return many_tokens<PATH, 2>(values, parts, units, x, unit, total);
+    default: return many_tokens<PATH, 2, STRIPS>(values, parts, units, x, unit, total);
   }
 }
 
@@ -316,7 +341,7 @@ static void block_of_one(const Matrix& m, int64_t block, const Token& x, float* 
     float all = 0;
 #pragma GCC unroll 1
     for (int64_t u = g * per; u < (g + 1) * per; ++u) all += x.sums[u];
-#pragma GCC unroll 4
+MOEZIP_UNROLLED
     for (int v = 0; v < BLOCK_VECTORS; ++v) {
       const int64_t at = (block * m.groups + g) * BLOCK_ROWS + LANES * v;
       const vec found = one_token<PATH, BITS>(lines + 4 * LANES * v, per, x, g * per);
@@ -326,67 +351,85 @@ static void block_of_one(const Matrix& m, int64_t block, const Token& x, float* 
   for (int v = 0; v < BLOCK_VECTORS; ++v) finish<BITS>(m, block * BLOCK_ROWS + LANES * v, sum[v], out + LANES * v);
 }
 
+// `blocks` blocks, 1 or 2, from `block` on.
 template <int PATH, int BITS>
-static void block_of_many(const Matrix& m, int tokens, int64_t block, const Token* x, float* out) {
+static void blocks_of_many(const Matrix& m, int tokens, int64_t block, int blocks, const Token* x, float* out) {
   constexpr int PARTS = BITS == 8 && (PATH == HALVES || (PATH == BYTES && !WHOLE_BYTES)) ? 2 : 1;
-  const int64_t group = m.columns / m.groups, per = (group + UNIT - 1) / UNIT;
-  const uint8_t* lines = reinterpret_cast<const uint8_t*>(m.codes) + block * m.groups * per * LINE * BITS;
-  vec sum[BLOCK_VECTORS][TOKENS_AT_ONCE] = {};
-  uvec values[UNITS_AT_ONCE * MOST_VALUES];
-  for (int64_t g = 0; g < m.groups; ++g, lines += per * LINE * BITS) {
-    float all[TOKENS_AT_ONCE] = {};
-    for (int64_t u = g * per; u < (g + 1) * per; ++u)
+  const int64_t group = m.columns / m.groups, per = (group + UNIT - 1) / UNIT, size = m.groups * per * LINE * BITS;
+  const uint8_t* lines = reinterpret_cast<const uint8_t*>(m.codes) + block * size;
+  const int strips = blocks * BLOCK_VECTORS;
+  uvec values[2 * STRIP_VALUES];
+  for (int first = 0; first < strips; first += 2) {
+    const int some = strips - first < 2 ? 1 : 2;
+    const uint8_t* from[2];
+    int64_t row[2];
+    for (int r = 0; r < some; ++r) {
+      from[r] = lines + (first + r) / BLOCK_VECTORS * size + (first + r) % BLOCK_VECTORS * 4 * LANES;
+      row[r] = (first + r) % BLOCK_VECTORS * LANES;
+    }
+    vec sum[2 * TOKENS_AT_ONCE] = {};
+    for (int64_t g = 0; g < m.groups; ++g) {
+      float all[TOKENS_AT_ONCE] = {};
+      for (int64_t u = g * per; u < (g + 1) * per; ++u)
 #pragma GCC unroll 1
-      for (int t = 0; t < tokens; ++t) all[t] += x[t].sums[u];
-    for (int v = 0; v < BLOCK_VECTORS; ++v) {
-      const uint8_t* from = lines + 4 * LANES * v;
-      vec total[TOKENS_AT_ONCE] = {};
+        for (int t = 0; t < tokens; ++t) all[t] += x[t].sums[u];
+      vec total[2 * TOKENS_AT_ONCE] = {};
       for (int64_t u = 0; u < per; u += UNITS_AT_ONCE) {
         const int64_t units = per - u < UNITS_AT_ONCE ? per - u : UNITS_AT_ONCE;
-        for (int64_t i = 0; i < units; ++i, from += LINE * BITS)
-          decode_unit<PATH, BITS>(from, values + MOST_VALUES * i);
-        by_tokens<PATH>(tokens, values, PARTS, units, x, g * per + u, total);
+        for (int r = 0; r < some; ++r)
+          for (int64_t i = 0; i < units; ++i, from[r] += LINE * BITS)
+            decode_unit<PATH, BITS>(from[r], values + STRIP_VALUES * r + MOST_VALUES * i);
+        if (some == 2) by_tokens<PATH, 2>(tokens, values, PARTS, units, x, g * per + u, total);
+        else by_tokens<PATH, 1>(tokens, values, PARTS, units, x, g * per + u, total);
       }
-      const int64_t at = (block * m.groups + g) * BLOCK_ROWS + LANES * v;
-      const vec scale = scale_of(m, at), zero = zero_of(m, at);
-      for (int t = 0; t < tokens; ++t) sum[v][t] = with_scale<PATH, BITS>(sum[v][t], scale, zero, total[t], all[t]);
+      for (int r = 0; r < some; ++r) {
+        const int64_t at = ((block + (first + r) / BLOCK_VECTORS) * m.groups + g) * BLOCK_ROWS + row[r];
+        const vec scale = scale_of(m, at), zero = zero_of(m, at);
+        for (int t = 0; t < tokens; ++t) {
+          vec& to = sum[TOKENS_AT_ONCE * r + t];
+          to = with_scale<PATH, BITS>(to, scale, zero, total[TOKENS_AT_ONCE * r + t], all[t]);
+        }
+      }
+    }
+    for (int r = 0; r < some; ++r) {
+      const int64_t number = (first + r) / BLOCK_VECTORS;
+      for (int t = 0; t < tokens; ++t)
+        finish<BITS>(m, (block + number) * BLOCK_ROWS + row[r], sum[TOKENS_AT_ONCE * r + t],
+                     out + (number * tokens + t) * BLOCK_ROWS + row[r]);
     }
   }
-  for (int v = 0; v < BLOCK_VECTORS; ++v)
-    for (int t = 0; t < tokens; ++t)
-      finish<BITS>(m, block * BLOCK_ROWS + LANES * v, sum[v][t], out + BLOCK_ROWS * t + LANES * v);
 }
 
 template <int PATH, int BITS>
-static inline void block_product(const Matrix& m, int tokens, int64_t block, const Token* x, float* out) {
-  if (tokens == 1) block_of_one<PATH, BITS>(m, block, *x, out);
-  else block_of_many<PATH, BITS>(m, tokens, block, x, out);
+static void product_of(const Matrix& m, int tokens, int64_t block, int blocks, const Token* x, float* out) {
+  if (tokens > 1) return blocks_of_many<PATH, BITS>(m, tokens, block, blocks, x, out);
+  for (int i = 0; i < blocks; ++i) block_of_one<PATH, BITS>(m, block + i, *x, out + BLOCK_ROWS * i);
 }
 
 template <int PATH>
-static void by_bits(const Matrix& m, int tokens, int64_t block, const Token* x, float* out) {
+static void by_bits(const Matrix& m, int tokens, int64_t block, int blocks, const Token* x, float* out) {
   switch (m.bits) {
-    case 1: return block_product<PATH, 1>(m, tokens, block, x, out);
-    case 2: return block_product<PATH, 2>(m, tokens, block, x, out);
-    case 3: return block_product<PATH, 3>(m, tokens, block, x, out);
-    case 4: return block_product<PATH, 4>(m, tokens, block, x, out);
-    case 5: return block_product<PATH, 5>(m, tokens, block, x, out);
-    case 6: return block_product<PATH, 6>(m, tokens, block, x, out);
-    case 7: return block_product<PATH, 7>(m, tokens, block, x, out);
-    default: return block_product<PATH, 8>(m, tokens, block, x, out);
+    case 1: return product_of<PATH, 1>(m, tokens, block, blocks, x, out);
+    case 2: return product_of<PATH, 2>(m, tokens, block, blocks, x, out);
+    case 3: return product_of<PATH, 3>(m, tokens, block, blocks, x, out);
+    case 4: return product_of<PATH, 4>(m, tokens, block, blocks, x, out);
+    case 5: return product_of<PATH, 5>(m, tokens, block, blocks, x, out);
+    case 6: return product_of<PATH, 6>(m, tokens, block, blocks, x, out);
+    case 7: return product_of<PATH, 7>(m, tokens, block, blocks, x, out);
+    default: return product_of<PATH, 8>(m, tokens, block, blocks, x, out);
   }
 }
 
 // Where an instruction set has no products of its own for bytes, tokens were prepared as the floats that bytes stand for.
-void product(const Matrix& m, int path, int tokens, int64_t block, const Token* x, float* out) {
-  (void)path;
+void product(const Matrix& m, [[maybe_unused]] int path, int tokens, int64_t block, int blocks, const Token* x,
+             float* out) {
 #if defined(__AVX512BF16__)
-  if (path == HALVES) return by_bits<HALVES>(m, tokens, block, x, out);
+  if (path == HALVES) return by_bits<HALVES>(m, tokens, block, blocks, x, out);
 #endif
 #if defined(__AVX2__)
-  if (path == BYTES) return by_bits<BYTES>(m, tokens, block, x, out);
+  if (path == BYTES) return by_bits<BYTES>(m, tokens, block, blocks, x, out);
 #endif
-  by_bits<FLOATS>(m, tokens, block, x, out);
+  by_bits<FLOATS>(m, tokens, block, blocks, x, out);
 }
 
 // -- activations as products read them ----------------------------------------------------------------------------

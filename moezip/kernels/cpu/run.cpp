@@ -22,6 +22,9 @@ struct Scratch {
   }
 };
 
+// Blocks are multiplied in pairs, always the same ones: sums then run in the same order whoever does what.
+constexpr int PAIR = 2;
+static int64_t pairs_of(int64_t rows) { return (rows + PAIR * BLOCK_ROWS - 1) / (PAIR * BLOCK_ROWS); }
 static int64_t blocks_of(const Matrix& m) { return (m.rows + BLOCK_ROWS - 1) / BLOCK_ROWS; }
 static int64_t units_of(const Matrix& m) { return m.groups * ((m.columns / m.groups + UNIT - 1) / UNIT); }
 
@@ -85,8 +88,8 @@ static void put(void* out, int dtype, int64_t at, const float* values, int64_t c
   for (int64_t i = 0; i < count; ++i) static_cast<uint16_t*>(out)[at + i] = to_half(values[i]);
 }
 
-// Blocks of rows that are worth a thread of their own, where each is multiplied by as many tokens.
-static int64_t least_blocks(int64_t units, int64_t tokens) { return (1 << 14) / (units * (32 + 16 * tokens) + 1) + 1; }
+// Pairs of blocks that are worth a thread of their own, where each is multiplied by as many tokens.
+static int64_t least_pairs(int64_t units, int64_t tokens) { return (1 << 13) / (units * (32 + 16 * tokens) + 1) + 1; }
 
 static int linear(const Kernels& use, int threads, const Matrix& m, int path, const void* x, int dtype, int64_t tokens,
                   void* out) {
@@ -101,15 +104,20 @@ static int linear(const Kernels& use, int threads, const Matrix& m, int path, co
     return (int)OK;
   });
   if (result) return result;
-  return together(threads, blocks_of(m), least_blocks(units, tokens), [&](int64_t first, int64_t last) {
-    alignas(64) float y[MOST_TOKENS * BLOCK_ROWS];
+  return together(threads, pairs_of(m.rows), least_pairs(units, tokens), [&](int64_t first, int64_t last) {
+    alignas(64) float y[PAIR * MOST_TOKENS * BLOCK_ROWS];
     Token some_tokens[MOST_TOKENS];
-    for (int64_t block = first; block < last; ++block) {
-      const int64_t row = block * BLOCK_ROWS, rows = m.rows - row < BLOCK_ROWS ? m.rows - row : BLOCK_ROWS;
+    for (int64_t pair = first; pair < last; ++pair) {
+      const int64_t block = PAIR * pair;
+      const int blocks = blocks_of(m) - block < PAIR ? 1 : PAIR;
       in_products(use, tokens, [&](int64_t from, int some) {
         for (int t = 0; t < some; ++t) some_tokens[t] = prepared.token(from + t);
-        use.product(m, path, some, block, some_tokens, y);
-        for (int t = 0; t < some; ++t) put(out, dtype, (from + t) * m.rows + row, y + BLOCK_ROWS * t, rows);
+        use.product(m, path, some, block, blocks, some_tokens, y);
+        for (int i = 0; i < blocks; ++i) {
+          const int64_t row = (block + i) * BLOCK_ROWS, rows = m.rows - row < BLOCK_ROWS ? m.rows - row : BLOCK_ROWS;
+          for (int t = 0; t < some; ++t)
+            put(out, dtype, (from + t) * m.rows + row, y + BLOCK_ROWS * (some * i + t), rows);
+        }
       });
     }
     return (int)OK;
@@ -134,7 +142,7 @@ struct Layer {
 // The tokens of one expert: a run of `places`, which count tokens x top_k.
 struct Visit {
   const Matrix* matrices;
-  int64_t first, count, item;  // its run; the first of its blocks among those of all visits
+  int64_t first, count, item;  // its run; the first of its pairs of blocks among those of all visits
 };
 
 static int experts(const Kernels& use, int threads, const Layer& job) {
@@ -160,7 +168,7 @@ static int experts(const Kernels& use, int threads, const Layer& job) {
     if (!count) continue;
     visits.push_back({m, first, count, items});
     if (!m[0].rows) continue;
-    items += blocks_of(m[0]);
+    items += pairs_of(m[0].rows);
     like[m[0].layout] = &m[0], like[m[1].layout] = &m[1];
     up_units = units_of(m[0]) > up_units ? units_of(m[0]) : up_units;
     width = blocks_of(m[0]) * BLOCK_ROWS > width ? blocks_of(m[0]) * BLOCK_ROWS : width;
@@ -191,26 +199,29 @@ static int experts(const Kernels& use, int threads, const Layer& job) {
   }
 
   // gate and up, with the activation in between
-  int result = together(threads, items, least_blocks(2 * up_units, 1), [&](int64_t first, int64_t last) {
-    alignas(64) float gate[MOST_TOKENS * BLOCK_ROWS], up[MOST_TOKENS * BLOCK_ROWS];
+  int result = together(threads, items, least_pairs(2 * up_units, 1), [&](int64_t first, int64_t last) {
+    alignas(64) float gate[PAIR * MOST_TOKENS * BLOCK_ROWS], up[PAIR * MOST_TOKENS * BLOCK_ROWS];
     Token tokens[MOST_TOKENS];
     size_t number = visits.size() - 1;
     while (number && (visits[number].item > first || !visits[number].matrices[0].rows)) --number;
     for (int64_t item = first; item < last; ++item) {
-      while (!visits[number].matrices[0].rows || item >= visits[number].item + blocks_of(visits[number].matrices[0]))
+      while (!visits[number].matrices[0].rows || item >= visits[number].item + pairs_of(visits[number].matrices[0].rows))
         ++number;
       const Visit& visit = visits[number];
-      const int64_t block = item - visit.item;
+      const int64_t block = PAIR * (item - visit.item);
+      const int blocks = blocks_of(visit.matrices[0]) - block < PAIR ? 1 : PAIR;
       in_products(use, visit.count, [&](int64_t from, int some) {
         for (int which = 0; which < 2; ++which) {
           const Matrix& m = visit.matrices[which];
           for (int t = 0; t < some; ++t)
             tokens[t] = given[m.layout].token(places[(size_t)(visit.first + from + t)] / job.top_k);
-          use.product(m, path, some, block, tokens, which ? up : gate);
+          use.product(m, path, some, block, blocks, tokens, which ? up : gate);
         }
-        use.gate(job.activation, job.alpha, job.limit, gate, up, some * BLOCK_ROWS);
-        for (int t = 0; t < some; ++t)
-          memcpy(inner + (visit.first + from + t) * width + block * BLOCK_ROWS, gate + BLOCK_ROWS * t, 4 * BLOCK_ROWS);
+        use.gate(job.activation, job.alpha, job.limit, gate, up, blocks * some * BLOCK_ROWS);
+        for (int i = 0; i < blocks; ++i)
+          for (int t = 0; t < some; ++t)
+            memcpy(inner + (visit.first + from + t) * width + (block + i) * BLOCK_ROWS,
+                   gate + BLOCK_ROWS * (some * i + t), 4 * BLOCK_ROWS);
       });
     }
     return (int)OK;
@@ -231,31 +242,32 @@ static int experts(const Kernels& use, int threads, const Layer& job) {
   if (result) return result;
 
   // the down projections, one expert after the other, onto the sums of the tokens
-  const int64_t blocks = (job.hidden + BLOCK_ROWS - 1) / BLOCK_ROWS;
-  return together(threads, blocks, least_blocks((int64_t)visits.size() * down_units, 1), [&](int64_t first, int64_t last) {
-    alignas(64) float y[MOST_TOKENS * BLOCK_ROWS];
+  return together(threads, pairs_of(job.hidden), least_pairs((int64_t)visits.size() * down_units, 1), [&](int64_t first, int64_t last) {
+    alignas(64) float y[PAIR * MOST_TOKENS * BLOCK_ROWS];
     Token tokens[MOST_TOKENS];
-    const int64_t begin = first * BLOCK_ROWS, end = last * BLOCK_ROWS < job.hidden ? last * BLOCK_ROWS : job.hidden;
+    const int64_t begin = first * PAIR * BLOCK_ROWS;
+    const int64_t end = last * PAIR * BLOCK_ROWS < job.hidden ? last * PAIR * BLOCK_ROWS : job.hidden;
     for (int64_t t = 0; t < job.tokens; ++t) memset(sums + t * job.hidden + begin, 0, (size_t)(4 * (end - begin)));
     for (const Visit& visit : visits) {
       const Matrix& m = visit.matrices[2];
-      for (int64_t block = first; block < last; ++block) {
-        const int64_t row = block * BLOCK_ROWS, rows = end - row < BLOCK_ROWS ? end - row : BLOCK_ROWS;
+      const float* constant = visit.matrices[0].rows ? nullptr : reinterpret_cast<const float*>(m.bias);
+      if (!visit.matrices[0].rows && !constant) continue;
+      for (int64_t block = PAIR * first; BLOCK_ROWS * block < end; block += PAIR) {
+        const int blocks = end - BLOCK_ROWS * block <= BLOCK_ROWS ? 1 : PAIR;
         in_products(use, visit.count, [&](int64_t from, int some) {
-          if (visit.matrices[0].rows) {
+          if (!constant) {
             for (int t = 0; t < some; ++t) tokens[t] = between.token(visit.first + from + t);
-            use.product(m, path, some, block, tokens, y);
-          } else if (m.bias) {
-            for (int t = 0; t < some; ++t)
-              memcpy(y + BLOCK_ROWS * t, reinterpret_cast<const float*>(m.bias) + row, 4 * BLOCK_ROWS);
-          } else {
-            return;
+            use.product(m, path, some, block, blocks, tokens, y);
           }
-          for (int t = 0; t < some; ++t) {
-            const int64_t slot = places[(size_t)(visit.first + from + t)];
-            float* sum = sums + slot / job.top_k * job.hidden + row;
-            const float weight = job.weights[slot];
-            for (int64_t i = 0; i < rows; ++i) sum[i] += weight * y[BLOCK_ROWS * t + i];
+          for (int i = 0; i < blocks; ++i) {
+            const int64_t row = (block + i) * BLOCK_ROWS, rows = end - row < BLOCK_ROWS ? end - row : BLOCK_ROWS;
+            for (int t = 0; t < some; ++t) {
+              const int64_t slot = places[(size_t)(visit.first + from + t)];
+              float* sum = sums + slot / job.top_k * job.hidden + row;
+              const float* add = constant ? constant + row : y + BLOCK_ROWS * (some * i + t);
+              const float weight = job.weights[slot];
+              for (int64_t lane = 0; lane < rows; ++lane) sum[lane] += weight * add[lane];
+            }
           }
         });
       }
