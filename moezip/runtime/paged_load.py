@@ -5,6 +5,7 @@ This module imports torch, so it is imported where a model is built and nowhere 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,7 +38,7 @@ def load_paged(
     dtype: torch.dtype | None = None,
     activations: str = "exact",
 ) -> Any:
-    """A transformers model whose experts stay in the files of ``checkpoint``, which must stay open.
+    """A transformers model whose experts stay in the files of ``checkpoint``, which is closed when the model is gone.
 
     Args:
         cache: bytes of experts to keep in memory, or a text such as ``2GiB``.
@@ -63,6 +64,7 @@ def load_paged(
     check_shapes(source, skeleton.architecture)
     skeleton.require_complete()
     pages = Pages(limit, source)
+    weakref.finalize(pages, checkpoint.close)
     grids = packed_grids(source) if packed else {}
     dense = _install(skeleton, pages, source, plain, grids)
     if dense:
