@@ -1,4 +1,4 @@
-"""Fast inner loops of quantization: arrays in, arrays out.
+"""Fast inner loops of quantization: arrays in, arrays out. Those that run packed models are in ``products``.
 
 Every function takes numpy arrays (float32 and row-major unless it says otherwise; a torch tensor's ``.numpy()`` costs
 nothing) and runs in a C++ library where one could be built, else in numpy (``reference``), with the same results up to
