@@ -409,12 +409,17 @@ def quantize(
     data: Data = None,
     plan: Annotated[
         Path | None,
-        typer.Option("--plan", help="Quantize what this plan makes of CKPT (`moezip prune ... --plan-only`)."),
+        typer.Option(
+            "--plan", help="A plan (of --plan-only): quantize what it makes of CKPT, in its widths if it has any."
+        ),
     ] = None,
     settings: Set = None,
     tokens: Tokens = 65_536,
     seq_len: SeqLen = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen; touch nothing.")] = False,
+    plan_only: Annotated[
+        bool, typer.Option("--plan-only", help="Choose widths, write the plan to OUT, solve nothing.")
+    ] = False,
     device: Device = "cpu",
     max_memory: MaxMemory = None,
     workdir: Workdir = None,
@@ -445,7 +450,7 @@ def quantize(
             results.show_quantize_estimate(estimate_quantize(checkpoint, job, common), as_json)
             return
         tell = (lambda chosen: None) if quiet or as_json else results.tell_widths
-        outcome = quantize_command(checkpoint, out, job, common, tell)
+        outcome = quantize_command(checkpoint, out, job, common, tell, plan_only=plan_only)
     results.show_quantized(outcome, out, as_json, quiet)
 
 

@@ -313,9 +313,7 @@ def chooser(
     )  # fmt: skip
 
 
-def views(
-    model: Opened, plan: Plan | None = None, values: Values | None = None
-) -> tuple[Source, Applied | Merged]:
+def views(model: Opened, plan: Plan | None = None, values: Values | None = None) -> tuple[Source, Applied | Merged]:
     """Plain tensors as the family stores them, and the same with one tensor per expert and matrix.
 
     Args:
@@ -330,7 +328,9 @@ def views(
         return plain, Applied(plain, whole, split=True)
     plan = replace(plan, mtp="drop", packing={})
     if plan.factors:
-        raise PlanError("factors of matrices cannot be quantized", next="merge without factors, or leave them as they are")
+        raise PlanError(
+            "factors of matrices cannot be quantized", next="merge without factors, or leave them as they are"
+        )
     if plan.merges:
         return Merged(plain, plan, values), Merged(plain, plan, values, split=True)
     return Applied(plain, plan), Applied(plain, plan, split=True)
