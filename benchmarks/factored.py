@@ -45,9 +45,8 @@ def main() -> None:
     def experts(share: float | None, rows: float) -> Any:
         from moezip.arch.spec import LayerFacts
 
-        kind = {"dtype": torch.bfloat16}
         made: type[RaggedExperts] = RaggedExperts if share is None else FactoredExperts
-        module: Any = made(stock, (given.width,) * given.experts, names, given.hidden, **kind)
+        module: Any = made(stock, (given.width,) * given.experts, names, given.hidden, dtype=torch.bfloat16)
         if share is not None:
             facts = LayerFacts(0, given.experts, given.top_k, given.hidden, given.width)
             for role, size in sizes(facts, McSmoeParams(share=share, rows=rows)).items():

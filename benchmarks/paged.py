@@ -116,7 +116,7 @@ def hit_rates(folder: Path, text: Path) -> list[dict[str, Any]]:
     layers = [module for module in whole.modules() if isinstance(module, PagedExperts)]
     total = sum(module.size(expert) for module in layers for expert in range(module.num_experts))
     count = sum(module.num_experts for module in layers)
-    Pages.lend = noted  # type: ignore[method-assign]
+    Pages.lend = noted  # type: ignore[method-assign,assignment]
     for share in SHARES:
         uses.clear()
         model = moezip.load(folder, experts="mmap", cache=int(share * total) + 1)

@@ -50,6 +50,7 @@ def main() -> None:
             texts = () if asked.get("solver") == "rtn" else domains_of(calib, given.tokens)
             job = QuantizeJob(texts=texts, **asked)
             report = quantize_command(given.checkpoint, out, job, Common(seq_len=given.seq_len)).report
+            assert report is not None  # there is none of a plan alone
             found = evaluate_command(
                 str(out), Common(seq_len=given.seq_len), against=given.checkpoint, data=heldout,
                 tokens=given.heldout_tokens,

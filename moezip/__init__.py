@@ -3,10 +3,12 @@
 After ``import moezip``, ``from_pretrained`` of transformers loads whatever moezip writes.
 """
 
+from typing import Any
+
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     """``moezip.load``, whose imports are heavy, once it is asked for."""
     if name == "load":
         from moezip.runtime.load import load
