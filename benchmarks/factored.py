@@ -52,7 +52,7 @@ def main() -> None:
             for role, size in sizes(facts, McSmoeParams(share=share, rows=rows)).items():
                 for expert in range(given.experts):
                     shape = module.matrix(expert, role).weight.shape
-                    matrix = FactoredMatrix(size, shape[0], shape[1], None, **kind)
+                    matrix = FactoredMatrix(size, shape[0], shape[1], None, dtype=torch.bfloat16)
                     getattr(module, str(expert)).add_module(names[role], matrix)
         with torch.no_grad():
             for name, tensor in module.state_dict().items():
