@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import mmap
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +21,9 @@ from moezip.errors import UsageError
 from moezip.formats.packed import Grid
 from moezip.kernels import products
 from moezip.pipeline.items import Item
-from moezip.runtime import fast
+from moezip.runtime import fast, linear
 from moezip.runtime.linear import PackedExperts, PackedLinear, set_activations
+from moezip.runtime.mapped import give_back
 from moezip.runtime.packing import packed_modules
 from tests.test_kernels import native
 from tests.test_packed_runtime import all_alike, packed
@@ -121,15 +124,15 @@ def test_experts_with_many_tokens_are_decoded(model: Any, monkeypatch: pytest.Mo
 
 def test_linears_with_many_tokens_are_decoded(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fast, "CROSSOVER", {torch.bfloat16: 32})
-    linear = next(module for module in model.modules() if isinstance(module, PackedLinear))
-    x = torch.randn(3, 40, linear.columns, dtype=torch.bfloat16)
-    found = linear(x)
-    assert found.shape == (3, 40, linear.rows) and found.dtype == x.dtype
-    assert torch.equal(found, torch.nn.functional.linear(x, linear.decoded(x.dtype), linear.bias))
-    few = torch.cat([linear(x[:, i : i + 1]) for i in range(40)], dim=1)
+    one = next(module for module in model.modules() if isinstance(module, PackedLinear))
+    x = torch.randn(3, 40, one.columns, dtype=torch.bfloat16)
+    found = one(x)
+    assert found.shape == (3, 40, one.rows) and found.dtype == x.dtype
+    assert torch.equal(found, torch.nn.functional.linear(x, one.decoded(x.dtype), one.bias))
+    few = torch.cat([one(x[:, i : i + 1]) for i in range(40)], dim=1)
     assert near(few, found, 2**-7)
-    assert near(linear(x.half()[:1, :1]), few[:1, :1], 2**-7) and linear(x.half()[:1, :1]).dtype == torch.float16
-    assert linear(x[:0]).shape == (0, 40, linear.rows)
+    assert near(one(x.half()[:1, :1]), few[:1, :1], 2**-7) and one(x.half()[:1, :1]).dtype == torch.float16
+    assert one(x[:0]).shape == (0, 40, one.rows)
 
 
 def test_whole_numbers_by_a_switch(tiny: Tiny, tmp_path: Path) -> None:
@@ -160,10 +163,10 @@ def test_compiled(model: Any, backend: str) -> None:
 
 
 def test_operators_are_sound(model: Any) -> None:
-    linear, experts = model.model.layers[0].self_attn.q_proj, experts_of(model)[0]
+    one, experts = model.model.layers[0].self_attn.q_proj, experts_of(model)[0]
     checks = ("test_schema", "test_faketensor")
-    x = torch.randn(3, linear.columns, dtype=torch.bfloat16)
-    torch.library.opcheck(fast.packed_linear_op, (x, linear.number, linear.rows), test_utils=checks)
+    x = torch.randn(3, one.columns, dtype=torch.bfloat16)
+    torch.library.opcheck(fast.packed_linear_op, (x, one.number, one.rows), test_utils=checks)
     given = routed(experts, 3, torch.bfloat16)
     torch.library.opcheck(fast.packed_experts_op, (*given, experts.number), test_utils=checks)
 
@@ -217,3 +220,34 @@ def test_an_unknown_gate_is_said(model: Any) -> None:
         found = module(*given)
         module(*given)
     assert len(said) == 1 and near(found, RaggedExperts.plain(module, *given), BF16)
+
+
+# -- memory -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere nothing is given back")
+def test_pages_of_files_are_given_back_and_no_others(tmp_path: Path) -> None:
+    page = mmap.PAGESIZE
+    file = tmp_path / "numbers"
+    file.write_bytes(bytes(range(256)) * (8 * page // 256))
+    mapped = torch.from_file(str(file), shared=False, size=8 * page, dtype=torch.uint8)
+    own = torch.full((8 * page,), 7, dtype=torch.uint8)
+    mapped[0], mapped[5 * page] = 99, 99  # pages of the process's own now
+    at, other = mapped.data_ptr(), own.data_ptr()
+    assert (
+        give_back([(at + 1, at + 3 * page), (at + 3 * page, at + 4 * page + 5), (other, other + 8 * page)]) == 3 * page
+    )
+    assert mapped[0] == mapped[5 * page] == 99  # beside the whole pages of the two ranges, which are one
+    assert mapped[1 : 5 * page].tolist() == (list(range(256)) * (5 * page // 256))[1:]
+    assert bool((own == 7).all())
+    assert give_back([]) == 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere nothing is given back")
+def test_loading_gives_back_what_was_laid_out(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not twice the codes: those in the file's pages go as those in the kernels' layout come."""
+    given: list[int] = []
+    monkeypatch.setattr(linear, "give_back", lambda ranges: given.append(sum(b - a for a, b in ranges)))
+    model = moezip.load(packed(tiny("qwen3_moe", dtype="bfloat16"), tmp_path, all_alike, everything))
+    stored = sum(t.nbytes for _, module in packed_modules(model) for t in module.tensors().values())
+    assert sum(given) == stored

@@ -24,6 +24,7 @@ from moezip.formats.stored import CHUNK
 from moezip.kernels import products
 from moezip.runtime import fast, gpu
 from moezip.runtime.gates import gate_of
+from moezip.runtime.mapped import Range, give_back
 
 
 def packed_linear(
@@ -65,6 +66,8 @@ def decoded(tensors: Mapping[str, torch.Tensor], grid: Grid, dtype: torch.dtype)
 
 
 _laying_out = Lock()
+# Bytes of a layer's codes that may be in memory in both forms while they are laid out.
+TWICE = 16 * 2**20
 
 
 class Packed(nn.Module):
@@ -127,8 +130,9 @@ class Packed(nn.Module):
         """Brings the codes into the layout of the kernels, if these can run; whether it did, now or before.
 
         Args:
-            into: memory for them, an array of ``code_bytes``.
+            into: memory for them, an array of ``code_bytes``. Whoever gives it gives back what ``memory`` said before.
         """
+        held = self.memory() if into is None else []
         with _laying_out:  # several threads may run the model first; one of them lays out
             if self.matrix is None:
                 laid = fast.laid_out(self.tensors(), self.grid, self.bias, into)
@@ -137,7 +141,13 @@ class Packed(nn.Module):
                 self.matrix = products.Linear(laid)
                 for suffix in self._buffers:
                     self._buffers[suffix] = None
+        give_back(held)
         return True
+
+    def memory(self) -> list[Range]:
+        """Where the buffers are."""
+        held = [buffer for buffer in self._buffers.values() if buffer is not None and buffer.device.type == "cpu"]
+        return [(buffer.data_ptr(), buffer.data_ptr() + buffer.nbytes) for buffer in held]
 
     def _take_back(self) -> None:
         """The inverse."""
@@ -224,10 +234,15 @@ class PackedExperts(RaggedExperts):
         packed = [module for module in self.modules() if isinstance(module, Packed)]
         waiting = [module for module in packed if module.matrix is None]
         piece = products.memory(sum(module.code_bytes for module in waiting))  # touched as it is filled
+        held: list[Range] = []
         for module in waiting:
+            held += module.memory()
             if not module.lay_out(piece[: module.code_bytes]):
                 return False
             piece = piece[module.code_bytes :]
+            if sum(stop - start for start, stop in held) >= TWICE or module is waiting[-1]:
+                give_back(held)
+                held = []
         if not packed:
             return False
         if self._gate is None:
