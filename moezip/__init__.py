@@ -3,12 +3,14 @@
 After ``import moezip``, ``from_pretrained`` of transformers loads whatever moezip writes.
 """
 
-from typing import Any
-
 __version__ = "0.1.0"
 
+TYPE_CHECKING = False  # type checkers take it for true; importing the package imports nothing
+if TYPE_CHECKING:
+    from moezip.runtime.load import load as load
 
-def __getattr__(name: str) -> Any:
+
+def __getattr__(name: str) -> object:
     """``moezip.load``, whose imports are heavy, once it is asked for."""
     if name == "load":
         from moezip.runtime.load import load
