@@ -1,0 +1,58 @@
+"""Commands that run several others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moezip import console
+from moezip.cli.options import Debug, Device, Json, MaxMemory, Quiet, Set, Workdir, common_of, settings_of
+from moezip.console import results
+
+
+def run(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe.yaml.")],
+    only: Annotated[str | None, typer.Option("--only", help="One job, and what it needs.")] = None,
+    settings: Set = None,
+    device: Device = "cpu",
+    max_memory: MaxMemory = None,
+    workdir: Workdir = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Runs a batch of jobs from a recipe; finished ones are skipped, interrupted ones go on."""
+    from moezip.pipeline.batch import run_recipe
+    from moezip.recipe import load
+
+    loaded = load(recipe, settings_of(settings))
+    with console.watching(quiet) as watch:
+        found = run_recipe(loaded, common_of(watch, device=device, max_memory=max_memory, workdir=workdir), only)
+    results.show_jobs(found, as_json, quiet)
+
+
+def demo(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder for what the demo makes.")] = Path(
+        "moezip-demo"
+    ),
+    device: Device = "cpu",
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """The main job on a small trained model that comes with the package: calibrate, prune to half, measure."""
+    from moezip import demo as shipped
+    from moezip.pipeline.batch import run_recipe
+    from moezip.recipe import load
+
+    loaded = load(shipped.recipe(), {"output": str(out)})
+    console.say("The demo model reads scripture, country profiles, Python and sums. Half of its 16 experts per layer "
+                "go, once chosen for Python by EASY-EP, once by lot.", quiet or as_json)  # fmt: skip
+    with console.watching(quiet) as watch:
+        found = run_recipe(loaded, common_of(watch, device=device))
+    if as_json:
+        results.show_jobs(found, as_json, quiet)
+        return
+    results.show_demo(found, loaded.calibration, out, quiet)
