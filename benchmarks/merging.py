@@ -19,27 +19,36 @@ from typing import Any
 
 import measure
 
-# label, method, settings, scope
+# label, method, settings, scope. ``router`` is said wherever it is part of the comparison: ``remap`` (all rows, moezip
+# reads it), ``dominant`` and ``sum`` (one row each, stock).
 MERGES: tuple[tuple[str, str, dict[str, str], str], ...] = (
-    ("m-smoe as published, all rows", "m-smoe", {"router": "remap"}, "layer"),
+    ("m-smoe, all rows", "m-smoe", {"router": "remap"}, "layer"),
+    ("m-smoe, all rows, neurons as they lie", "m-smoe", {"router": "remap", "align": "none"}, "layer"),
     ("m-smoe, dominant's row", "m-smoe", {"router": "dominant"}, "layer"),
     ("m-smoe, fitted row", "m-smoe", {"router": "sum"}, "layer"),
     ("m-smoe over the model, all rows", "m-smoe", {"router": "remap"}, "model"),
-    ("m-smoe, least squares", "m-smoe", {"combine": "least-squares"}, "layer"),
     ("m-smoe, least squares, all rows", "m-smoe", {"combine": "least-squares", "router": "remap"}, "layer"),
-    ("m-smoe, neurons, dominant's row", "m-smoe", {"combine": "neurons"}, "layer"),
-    ("m-smoe, neurons, fitted row", "m-smoe", {"combine": "neurons", "router": "sum"}, "layer"),
+    ("m-smoe, least squares, dominant's row", "m-smoe", {"combine": "least-squares", "router": "dominant"}, "layer"),
+    ("m-smoe, least squares, fitted row", "m-smoe", {"combine": "least-squares", "router": "sum"}, "layer"),
     ("m-smoe, neurons, all rows", "m-smoe", {"combine": "neurons", "router": "remap"}, "layer"),
+    ("m-smoe, neurons, dominant's row", "m-smoe", {"combine": "neurons", "router": "dominant"}, "layer"),
+    ("m-smoe, neurons, fitted row", "m-smoe", {"combine": "neurons", "router": "sum"}, "layer"),
     ("m-smoe over the model, neurons, all rows", "m-smoe", {"combine": "neurons", "router": "remap"}, "model"),
     ("hc-smoe, all rows", "hc-smoe", {"router": "remap"}, "layer"),
+    ("hc-smoe, all rows, neurons as they lie", "hc-smoe", {"router": "remap", "align": "none"}, "layer"),
     ("hc-smoe, dominant's row", "hc-smoe", {"router": "dominant"}, "layer"),
+    ("hc-smoe, fitted row", "hc-smoe", {"router": "sum"}, "layer"),
     ("hc-smoe, least squares, all rows", "hc-smoe", {"combine": "least-squares", "router": "remap"}, "layer"),
     ("sub-moe, all rows", "sub-moe", {"router": "remap"}, "layer"),
+    ("sub-moe, dominant's row", "sub-moe", {"router": "dominant"}, "layer"),
+    ("sub-moe, fitted row", "sub-moe", {"router": "sum"}, "layer"),
     ("sub-moe over 2 layers, all rows", "sub-moe", {"router": "remap"}, "model"),
     ("sub-moe, rank 0.8, all rows", "sub-moe", {"router": "remap", "rank": "0.8"}, "layer"),
-    ("sub-moe, dominant's row", "sub-moe", {"router": "dominant"}, "layer"),
+    ("sub-moe, rank 0.8, fitted row", "sub-moe", {"router": "sum", "rank": "0.8"}, "layer"),
     ("sub-moe, least squares, all rows", "sub-moe", {"combine": "least-squares", "router": "remap"}, "layer"),
     ("dern", "dern", {}, "layer"),
+    ("mc-smoe, all rows", "mc-smoe", {"router": "remap"}, "layer"),
+    ("mc-smoe, 300 steps, all rows", "mc-smoe", {"router": "remap", "steps": "300"}, "layer"),
 )
 PRUNES: tuple[tuple[str, str, dict[str, str], str], ...] = (
     ("reap", "reap", {}, "layer"),
@@ -84,6 +93,12 @@ def main() -> None:
     merges, prunes = wanted(MERGES), wanted(PRUNES)
 
     def merging(method: str, settings: dict[str, str], scope: str, keep: int) -> tuple[Any, Any]:
+        if method == "mc-smoe":
+            # halfway between all experts and those kept, and then so thin that the bytes are the same
+            left = (keep + model.facts[0].experts) // 2
+            keep, settings = left, {**settings, "share": str(keep / left)}
+        if method != "dern":  # whose experts are partly gone: it has no price
+            settings = {**settings, "price": "true"}
         job = MergeJob(method, keep=keep, settings=settings, texts=texts, scope=scope)
         return job, prepare_merge(given.checkpoint, job, common)
 
@@ -120,6 +135,7 @@ def main() -> None:
                      f"{rises[worst]:+.3f} {worst}", score(found), shown, f"{seconds:.1f}"))  # fmt: skip
         values.append({"keep": keep, "plan": label, "bytes": size, "rise": rise, "rises": rises, "predicted": predicted,
                        "tasks": {name: s.accuracy for name, s in found.tasks.items()}, "seconds": seconds})  # fmt: skip
+        measure.save(given.json, {"merging": values})  # of hours of work, all that is done
 
     for keep in given.keep:
         for label, method, settings, scope in merges:
@@ -145,7 +161,6 @@ def main() -> None:
         if len(told) > 2:
             rank = spearmanr([v["predicted"] for v in told], [v["rise"] for v in told]).statistic
             print(f"\nrank correlation of predicted and measured rises, {name} ({len(told)}): {rank:.3f}")
-    measure.save(given.json, {"merging": values})
 
 
 if __name__ == "__main__":

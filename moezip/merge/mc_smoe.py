@@ -35,7 +35,8 @@ from moezip.merge.distil import Layer, error, split, train
 from moezip.merge.layer import Merge, MergeLayer
 from moezip.merge.m_smoe import M_SMOE, MSmoeParams
 from moezip.merge.params import require_one_of
-from moezip.merge.solve import merge
+from moezip.merge.price import priced
+from moezip.merge.solve import merged
 from moezip.plan.merged import average, expert_value, factor_value
 from moezip.plan.plan import Pick
 
@@ -244,10 +245,10 @@ def compressed(layer: MergeLayer, found: Merge, number: int, params: McSmoeParam
 
 
 def solve(layer: MergeLayer, params: McSmoeParams) -> Merge:
-    """The common stages of merging, then factors in place of the matrices."""
+    """The common stages of merging, then factors in place of the matrices, then the price of both."""
     import torch
 
-    found = merge(layer, params)
+    found = merged(layer, params)
     chosen = [n for n, pick in enumerate(found.picks) if params.experts == "all" or pick.mixed]
 
     def one(number: int) -> dict[ExpertRole, Tensors]:
@@ -264,8 +265,7 @@ def solve(layer: MergeLayer, params: McSmoeParams) -> Merge:
         said = f"{before:.1%} of its size before training, {after:.1%} after"
     else:
         said = f"{error(experts, split(layer)[1]):.1%} of its size"
-    found.notes += (f"squared error of the experts' output on a sample: {said}",)
-    found.nats = None  # what the common stages predict is without the factors
+    found.notes += (f"squared error of the experts' summed output on a sample: {said}",)
     index = layer.facts.layer
     for number, roles in made.items():
         for role, tensors in roles.items():
@@ -274,6 +274,7 @@ def solve(layer: MergeLayer, params: McSmoeParams) -> Merge:
             for suffix, tensor in tensors.items():
                 value = tensor if suffix == INDEX else tensor.to(dtype)
                 found.values[factor_value(index, number, role, suffix)] = value
+    priced(layer, found)
     return found
 
 

@@ -21,8 +21,9 @@ import numpy as np
 
 from moezip.arch.spec import ExpertRole
 from moezip.calibrate.statistics import Array
+from moezip.formats.factors import INDEX, LEFT, RIGHT, ROWS, multiplied
 from moezip.merge.layer import Merge, MergeLayer
-from moezip.plan.merged import average, expert_value
+from moezip.plan.merged import average, expert_value, factor_value
 from moezip.plan.plan import Pick
 
 if TYPE_CHECKING:
@@ -88,6 +89,12 @@ def changes_of(layer: MergeLayer, found: Merge) -> list[Change]:
         if len(inputs.slots(part.expert))
     ]
 
+    index = layer.facts.layer
+    solved = [
+        any(name.startswith(expert_value(index, number, "")) for name in found.values)
+        for number in range(len(found.picks))
+    ]
+
     def one(job: tuple[int, int]) -> Change:
         number, expert = job
         slots = inputs.slots(expert)
@@ -101,7 +108,7 @@ def changes_of(layer: MergeLayer, found: Merge) -> list[Change]:
             before = outputs(layer, x, matrices(layer, found, None, Pick.keep(expert)))
             size = float(shares @ before.square().sum(1))
             channels = np.zeros(before.shape[1])
-            if found.picks[number] != Pick.keep(expert):
+            if found.picks[number] != Pick.keep(expert) or solved[number]:
                 after = outputs(layer, x, matrices(layer, found, number, found.picks[number]))
                 channels = (shares @ (after - before).square()).double().numpy()
         return Change(expert, channels, mass, size)
@@ -111,12 +118,23 @@ def changes_of(layer: MergeLayer, found: Merge) -> list[Change]:
 
 
 def matrices(layer: MergeLayer, found: Merge, number: int | None, pick: Pick) -> dict[ExpertRole, torch.Tensor]:
-    """An output expert's matrices by role, float32, rounded as the checkpoint stores them; a source's for None."""
+    """An output expert's matrices by role, float32, rounded as the checkpoint stores them; a source's for None.
+
+    Factors are multiplied out.
+    """
+    import torch
+
     result: dict[ExpertRole, torch.Tensor] = {}
+    index, values = layer.facts.layer, found.values if number is not None else {}
     for role in layer.roles:
-        value = None if number is None else found.values.get(expert_value(layer.facts.layer, number, role))
+        named = {suffix: factor_value(index, number or 0, role, suffix) for suffix in (LEFT, RIGHT, ROWS, INDEX)}
+        if named[LEFT] in values:
+            factors = {suffix: values[name] for suffix, name in named.items() if name in values}
+            result[role] = multiplied(factors, torch.float32)
+            continue
+        value = values.get(expert_value(index, number or 0, role))
         if value is None:
-            value = average(layer.source, layer.architecture, layer.facts.layer, pick, role)
+            value = average(layer.source, layer.architecture, index, pick, role)
         result[role] = value.to(layer.dtype(role)).float()
     return result
 

@@ -15,10 +15,17 @@ FORMS: dict[str, RouterForm] = {"dominant": "kept", "sum": "fitted", "remap": "r
 
 
 def merge(layer: MergeLayer, params: Any) -> Merge:
-    """One layer's output experts and router, with the settings of ``moezip.merge.params.MergeParams``."""
+    """One layer's output experts and router, with the settings of ``moezip.merge.params.MergeParams``, and what they
+    cost."""
+    found = merged(layer, params)
+    priced(layer, found)
+    return found
+
+
+def merged(layer: MergeLayer, params: Any) -> Merge:
+    """The same without the price, for methods that go on from there."""
     found = Merge(averages(layer.groups, layer.usage(params.combine), orders(layer, params)), FORMS[params.router])
     found.notes += combined(layer, params, found)
     if params.router == "sum":
         fitted(layer, params, found)
-    priced(layer, found)
     return found
