@@ -369,6 +369,58 @@ def test_prune_after_merge_and_merge_after_prune(tiny: Tiny, text: Path, tmp_pat
 
 
 @ways
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_a_prune_of_a_plan_that_merges_is_that_of_what_it_writes(
+    name: str, way: str, tiny: Tiny, text: Path, tmp_path: Path, cli: Cli
+) -> None:
+    """By view it is what pruning the written merge is, values and router rows included; its own plan applies again."""
+    if way == "fitted" and name == "deepseek_v3":
+        pytest.skip("its router is not fitted")
+    folder, plan = tiny(name, dtype="bfloat16"), tmp_path / "p" / "plan.json"
+    assert cli(*words(folder, plan, way, text), "--plan-only").code == 0
+    reap = ("--method", "reap", "--keep", 4, "--data", text, "--tokens", TOKENS, "--seq-len", 64)
+    answer = cli("prune", folder, tmp_path / "once", "--plan", plan, *reap, "--json")
+    if way == "all rows":
+        assert answer.code == 1 and "router=remap" in answer.err and not (tmp_path / "once").exists()
+        return
+    assert answer.code == 0, answer.err
+    assert answer.json["experts_before"] == [8] * len(answer.json["experts_after"])
+    assert any("read again through the plan before" in note for note in answer.json["notes"])
+    assert cli("apply", folder, plan, tmp_path / "merged").code == 0
+    assert cli("prune", tmp_path / "merged", tmp_path / "twice", *reap).code == 0
+    once = tensors(tmp_path / "once")
+    assert same(once, tensors(tmp_path / "twice"))
+    assert cli("apply", folder, tmp_path / "once" / "moezip" / "plan.json", tmp_path / "again").code == 0
+    assert model_files(tmp_path / "again") == model_files(tmp_path / "once")
+    # and as two files, by way of a plan
+    assert cli("prune", folder, tmp_path / "q" / "plan.json", "--plan", plan, *reap, "--plan-only").code == 0
+    assert cli("apply", folder, tmp_path / "q" / "plan.json", tmp_path / "third").code == 0
+    assert model_files(tmp_path / "third") == model_files(tmp_path / "once")
+    assert cli("prune", folder, tmp_path / "dry", "--plan", plan, *reap, "--dry-run", "--json").json[
+        "bytes_after"
+    ] == sum(value.nbytes for value in once.values())
+
+
+def test_a_merge_of_a_plan_that_prunes_is_that_of_what_it_writes(
+    tiny: Tiny, text: Path, tmp_path: Path, cli: Cli
+) -> None:
+    folder, plan = tiny("qwen3_moe", dtype="bfloat16"), tmp_path / "plan.json"
+    data = ("--data", text, "--tokens", TOKENS, "--seq-len", 64)
+    assert cli("prune", folder, plan, "--method", "reap", "--keep", 6, *data, "--plan-only").code == 0
+    fitted = ("--keep", 4, *WAYS["fitted"], *data)
+    answer = cli("merge", folder, tmp_path / "once", "--plan", plan, *fitted, "--json")
+    assert answer.code == 0, answer.err
+    assert answer.json["experts_before"] == [8] * 3 and answer.json["experts_after"] == [4] * 3
+    assert cli("apply", folder, plan, tmp_path / "pruned").code == 0
+    assert cli("merge", tmp_path / "pruned", tmp_path / "twice", *fitted).code == 0
+    assert same(tensors(tmp_path / "once"), tensors(tmp_path / "twice"))
+    # one after the other is as far as it goes
+    merged = tmp_path / "once" / "moezip" / "plan.json"
+    again = cli("merge", folder, tmp_path / "no", "--plan", merged, *fitted)
+    assert again.code == 1 and "merges again" in again.err
+
+
+@ways
 def test_quantize_takes_a_plan_that_merges(way: str, tiny: Tiny, text: Path, tmp_path: Path, cli: Cli) -> None:
     """By view it is what quantizing the written merge is; so it is by way of a plan with widths."""
     folder, plan, wide = tiny("qwen3_moe", dtype="bfloat16"), tmp_path / "p" / "plan.json", tmp_path / "w" / "plan.json"
@@ -416,6 +468,11 @@ jobs:
       - prune: {{method: reap, keep: 6}}
       - merge: {{method: dern, keep: 4, settings: {{threshold: -1}}}}
       - quantize: {{bits: 4, solver: rtn, group_size: 0}}
+  later:
+    steps:
+      - merge: {{method: m-smoe, keep: 6, settings: {{combine: least-squares, router: sum}}}}
+      - prune: {{method: reap, keep: 4}}
+      - quantize: {{bits: 4, solver: rtn, group_size: 0}}
 """
 
 
@@ -441,6 +498,9 @@ def test_recipes_merge_by_view(tiny: Tiny, text: Path, tmp_path: Path, cli: Cli)
         ("merge", tmp_path / "pruned", tmp_path / "both", "--keep", 4, *data),
         ("merge", tmp_path / "pruned", tmp_path / "dern2", "--keep", 4, *dern, *data),
         ("quantize", tmp_path / "dern2", tmp_path / "three", *bits),
+        ("merge", folder, tmp_path / "fitted", "--keep", 6, *WAYS["fitted"], *data),
+        ("prune", tmp_path / "fitted", tmp_path / "fewer", "--method", "reap", "--keep", 4, *data),
+        ("quantize", tmp_path / "fewer", tmp_path / "later", *bits),
     )
     for step in chain:
         answer = cli(*step)
@@ -457,7 +517,15 @@ def test_recipes_merge_by_view(tiny: Tiny, text: Path, tmp_path: Path, cli: Cli)
 @pytest.mark.parametrize(
     ("steps", "message"),
     [
-        ("[{merge: {method: m-smoe, keep: 6}}, {prune: {method: reap, keep: 4}}]", "moezip prune"),
+        ("[{quantize: {bits: 4, solver: rtn}}, {prune: {method: reap, keep: 4}}]", "then quantize"),
+        ("[{merge: {method: m-smoe, keep: 6, scope: model}}, {prune: {method: reap, keep: 4}}]", "layers that differ"),
+        ("[{merge: {method: mc-smoe, keep: 6}}, {prune: {method: reap, keep: 4}}]", "factors"),
+        (
+            "[{merge: {method: m-smoe, keep: 6, settings: {router: remap}}}, {prune: {method: reap, keep: 4}}]",
+            "nowhere",
+        ),
+        ("[{merge: {method: m-smoe, keep: 6}}, {prune: {method: heapr, ratio: 0.5}}]", "takes neurons out"),
+        ("[{merge: {method: m-smoe, keep: 4}}, {prune: {method: reap, keep: 6}}]", "cannot keep 6 of 4"),
         ("[{merge: {method: m-smoe, keep: 6}}, {merge: {method: m-smoe, keep: 4}}]", "each once"),
         ("[{prune: {method: heapr, ratio: 0.5}}, {merge: {method: m-smoe, keep: 4}}]", "neurons"),
         ("[{prune: {method: reap, keep: 6}}, {merge: {method: m-smoe, keep: 4, settings: {router: remap}}}]", "remap"),

@@ -44,6 +44,7 @@ def prune(
         str, typer.Option("--scope", help="layer: as many experts in every layer. model: ranked over all layers.")
     ] = "layer",
     reader: For = None,
+    plan: Annotated[Path | None, typer.Option("--plan", help="Prune what this plan, of a merge, makes.")] = None,
     settings: Set = None,
     tokens: Tokens = 65_536,
     seq_len: SeqLen = None,
@@ -64,10 +65,14 @@ def prune(
     from moezip.calibrate.data import domains_of
     from moezip.pipeline import PruneJob, prune_command
     from moezip.pipeline import dry_run as estimate
+    from moezip.pipeline.prune import saved_plan
 
     texts = domains_of(data, tokens) if data else ()
-    job = PruneJob(method, keep, ratio, settings_of(settings), texts, stats, scope=scope, reader=reader)
-    with console.watching(quiet) as watch:
+    with saved_plan(plan) as (first, values), console.watching(quiet) as watch:
+        job = PruneJob(
+            method, keep, ratio, settings_of(settings), texts, stats, scope=scope, reader=reader, plan=first,
+            values=values,
+        )  # fmt: skip
         common = common_of(
             watch, device=device, max_memory=max_memory, workdir=workdir, resume=resume, overwrite=overwrite,
             seq_len=seq_len, seed=seed,
@@ -91,6 +96,7 @@ def merge(
         str, typer.Option("--scope", help="layer: as many experts in every layer. model: layers differ.")
     ] = "layer",
     reader: For = None,
+    plan: Annotated[Path | None, typer.Option("--plan", help="Merge what this plan, of a prune, leaves.")] = None,
     settings: Set = None,
     tokens: Tokens = 65_536,
     seq_len: SeqLen = None,
@@ -111,10 +117,11 @@ def merge(
     from moezip.calibrate.data import domains_of
     from moezip.pipeline.merge import MergeJob, merge_command
     from moezip.pipeline.merge_estimate import estimate_merge
+    from moezip.pipeline.prune import saved_plan
 
     texts = domains_of(data, tokens) if data else ()
-    job = MergeJob(method, keep, ratio, settings_of(settings), texts, stats, scope=scope, reader=reader)
-    with console.watching(quiet) as watch:
+    with saved_plan(plan) as (first, _), console.watching(quiet) as watch:
+        job = MergeJob(method, keep, ratio, settings_of(settings), texts, stats, scope=scope, reader=reader, plan=first)
         common = common_of(
             watch, device=device, max_memory=max_memory, workdir=workdir, resume=resume, overwrite=overwrite,
             seq_len=seq_len, seed=seed,

@@ -23,7 +23,7 @@ from moezip.pipeline.calibrate import run_calibration
 from moezip.pipeline.common import Clock, Common, Opened, opened
 from moezip.pipeline.evaluate import evaluate_command
 from moezip.pipeline.merge import passing as merge_passing
-from moezip.pipeline.merge_steps import Decided, check_merge, merging
+from moezip.pipeline.merge_steps import Decided, check_merge, check_prune, merging, pruned
 from moezip.pipeline.probes import probing
 from moezip.pipeline.prune import PruneJob, counted, make_plan, own_names, prepare_prune, write_plan
 from moezip.pipeline.quantize import QuantizeJob, prepare_quantize, quantize_command
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
     from moezip.pipeline.prune import Prepared as Pruning
     from moezip.plan.packed import Values
     from moezip.plan.plan import Plan
-    from moezip.recipe.shape import Evaluate, Job, Merge, Prune, Quantize
+    from moezip.recipe.shape import Evaluate, Job, Merge, Prune, Quantize, Step
     from moezip.registry import Method
 
 
-# The steps that change weights, in the order that one job may have them in.
+# The steps that change weights. Quantize comes last, the others in any order, each once.
 COMPRESS = ("prune", "merge", "quantize")
 
 
@@ -96,12 +96,13 @@ class Batch:
 
     def merges(self, jobs: Iterable[Job]) -> list[Merge]:
         """The merge steps that read the model's own statistics: not those of what a prune leaves."""
-        return [
-            step.merge
-            for job in jobs
-            for step in job.steps
-            if step.merge is not None and all(other.prune is None for other in job.steps)
-        ]
+        return [step.merge for step in map(_first, jobs) if step is not None and step.merge is not None]
+
+    def prunes(self, jobs: Iterable[Job]) -> list[Prune]:
+        """The prune steps that read the model's own statistics: not those of what a merge makes."""
+        after = {id(step.prune) for job in jobs for step in _after_merging(job)}
+        steps = [step.prune for job in jobs for step in job.steps if step.prune is not None]
+        return [step for step in steps if id(step) not in after]
 
     @property
     def record(self) -> list[str] | None:
@@ -112,7 +113,7 @@ class Batch:
 
         experts = self.model.facts[0].experts
         by_name, names = {method.name: method for method in METHODS}, set()
-        for prune in (step.prune for job in self.recipe.jobs.values() for step in job.steps if step.prune is not None):
+        for prune in self.prunes(self.recipe.jobs.values()):
             method = by_name[prune.method]
             names.update([GRADIENTS] if wants_gradients(method.needs) else [])
             params = parse_params(method, _texts(prune.settings))
@@ -123,20 +124,19 @@ class Batch:
 
     @property
     def prunings(self) -> list[tuple[Method, Any]]:
-        """Method and settings of every prune step."""
+        """Method and settings of every prune step of the model itself."""
         from moezip.prune import METHODS
 
         by_name = {method.name: method for method in METHODS}
-        steps = [step.prune for job in self.recipe.jobs.values() for step in job.steps if step.prune is not None]
+        steps = self.prunes(self.recipe.jobs.values())
         return [(by_name[s.method], parse_params(by_name[s.method], _texts(s.settings))) for s in steps]
 
     def wanted(self, jobs: Iterable[Job]) -> list[str]:
         """Calibration sets of all these jobs, in the recipe's order."""
         names: set[str] = set()
         for job in jobs:
-            for step in job.steps:
-                if step.prune is not None:
-                    names.update(self.needed(step.prune))
+            for prune in self.prunes([job]):
+                names.update(self.needed(prune))
             for merge in self.merges([job]):
                 names.update(self.needed(merge))
             for step in job.steps:
@@ -204,7 +204,8 @@ class Batch:
         for step in job.steps:
             if step.evaluate is not None:
                 parts += self._contents((*step.evaluate.data, *step.evaluate.tasks))
-            for action in (step.merge, step.quantize):
+            again = step.prune if step in _after_merging(job) else None
+            for action in (again, step.merge, step.quantize):
                 for each in () if action is None else action.calibration or self.recipe.calibration:
                     parts += self._contents(self.recipe.calibration[each].data)
         parts.append(job.model_dump_json())
@@ -230,10 +231,13 @@ class Batch:
                 next="write one job per pruning",
             )  # fmt: skip
         pruning: Pruning | None = None
-        for step in prunes:
+        for step in self.prunes([self.recipe.jobs[name]]):
             pruning = prepare_prune(self.recipe.model, self._prune_job(step), self.common)
         for merge in (step.merge for step in self.recipe.jobs[name].steps if step.merge is not None):
-            check_merge(self.recipe, self.model, merge, pruning, self.common)
+            merged = check_merge(self.recipe, self.model, merge, pruning, self.common)
+            for after in _after_merging(self.recipe.jobs[name]):
+                assert after.prune is not None
+                check_prune(self.model, self._prune_job(after.prune, texts=True), merged, merge.scope, self.common)
         for quantize in (step.quantize for step in self.recipe.jobs[name].steps if step.quantize is not None):
             prepare_quantize(self.recipe.model, self._quantize_job(quantize, None), self.common)
 
@@ -242,7 +246,7 @@ class Batch:
         return next((s.verb for s in reversed(self.recipe.jobs[name].steps) if s.verb in COMPRESS), None)
 
     def _check_order(self, name: str) -> None:
-        """Raises RecipeError unless a job prunes, then merges, then quantizes, each at most once, nothing between.
+        """Raises RecipeError unless a job prunes and merges, then quantizes, each at most once, nothing between.
 
         Or prunes several times, which is told elsewhere.
         """
@@ -251,13 +255,13 @@ class Batch:
         given = [verbs[place] for place in places]
         if set(given) <= {"prune"}:
             return
-        in_order = given == [verb for verb in COMPRESS if verb in given]
+        in_order = len(set(given)) == len(given) and "quantize" not in given[:-1]
         if not in_order or places != list(range(places[0], places[0] + len(places))):
             raise RecipeError(
-                f"the job's steps are {', '.join(verbs)}; it may prune, merge and quantize, each once, in this order, "
-                "one right behind the other",
+                f"the job's steps are {', '.join(verbs)}; it may prune and merge, then quantize, each once, one right "
+                "behind the other",
                 where=f"jobs.{name}",
-                next="write one job per output; to prune what was merged, run `moezip prune` on that output",
+                next="write one job per output; to do a thing again, run the command on that output",
             )
 
     def run(self, name: str) -> JobResult:
@@ -272,7 +276,11 @@ class Batch:
         made = Decided(None, None, None, ())
         with ExitStack() as held:
             for step in self.recipe.jobs[name].steps:
-                if step.prune is not None:
+                if step.prune is not None and made.plan is not None:
+                    work = self.folder / "work" / digest[:16]
+                    job = self._prune_job(step.prune, texts=True)
+                    made = pruned(self.model, job, made, common, work)
+                elif step.prune is not None:
                     made = Decided(self._plan(step.prune), None, self._statistics(step.prune), ())
                 if step.merge is not None:
                     stats = None if made.plan is not None else self._statistics(step.merge)
@@ -293,9 +301,12 @@ class Batch:
         self.finish(f"job {name}", digest)
         return JobResult(name, record["out"], False, report, evaluations)  # type: ignore[arg-type]
 
-    def _prune_job(self, step: Prune) -> PruneJob:
-        weights = {name: self.recipe.calibration[name].weight for name in self.needed(step)}
-        return PruneJob(step.method, step.keep, step.ratio, _texts(step.settings), weights=weights)
+    def _prune_job(self, step: Prune, *, texts: bool = False) -> PruneJob:
+        """The step as ``moezip prune`` would be asked for it, with its ``texts`` where it is to read them itself."""
+        entries = {name: self.recipe.calibration[name] for name in self.needed(step)}
+        weights = {name: entry.weight for name, entry in entries.items()}
+        own = [DomainText(name, entry.data, entry.tokens) for name, entry in entries.items()] if texts else ()
+        return PruneJob(step.method, step.keep, step.ratio, _texts(step.settings), own, weights=weights)
 
     def _statistics(self, step: Prune | Merge) -> Statistics | None:
         stats: Statistics | None = None
@@ -394,6 +405,17 @@ def _labelled(job: str, watch: Watch) -> Watch:
         watch(replace(step, stage=f"{job}: {step.stage}"))
 
     return labelled
+
+
+def _first(job: Job) -> Step | None:
+    """The first step that changes weights."""
+    return next((step for step in job.steps if step.verb in COMPRESS), None)
+
+
+def _after_merging(job: Job) -> list[Step]:
+    """The prune steps that come after a merge."""
+    first = _first(job)
+    return [step for step in job.steps if step.prune is not None and first is not None and first.merge is not None]
 
 
 def _texts(settings: Mapping[str, Any]) -> dict[str, str]:

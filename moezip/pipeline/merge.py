@@ -17,6 +17,7 @@ from moezip.export.readers import check_reader
 from moezip.pipeline.calibrate import forget, require_files, resumable, run_calibration, work_folder
 from moezip.pipeline.common import Clock, Common, Opened, opened, refuse_file, refuse_output
 from moezip.pipeline.neurons import require_raggable
+from moezip.pipeline.onward import OBSERVED, joined, seen_through
 from moezip.pipeline.prune import Outcome, own_names, save_plan, write_plan
 from moezip.plan.factored import factors_in
 from moezip.plan.merged import VALUES, digest_of
@@ -48,6 +49,7 @@ class MergeJob:
         weights: how much each domain counts, by name.
         scope: ``layer`` (as many experts in every layer) or ``model`` (layers differ, as the method says).
         reader: who must be able to read the output; None for whoever can.
+        plan: merge what this plan, a prune, makes of the checkpoint; None for the checkpoint itself.
     """
 
     method: str
@@ -59,6 +61,7 @@ class MergeJob:
     weights: Mapping[str, float] = field(default_factory=dict)
     scope: str = "layer"
     reader: str | None = None
+    plan: Plan | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +101,7 @@ def prepare_merge(checkpoint: str, job: MergeJob, common: Common, model: Opened 
     remapped = params.router == "remap"
     factored = method.factored is not None
     check_reader(job.reader, counts_differ=job.scope == "model", remapped=remapped, factored=factored)
-    model = opened(checkpoint) if model is None else model
+    model = seen_through(opened(checkpoint), job.plan, merging=True) if model is None else model
     require_uniform(model.source.config, "compressing", model.source.folder)
     if factored:
         require_raggable(model, "experts that are stored as factors")
@@ -343,8 +346,9 @@ def merge_command(
 ) -> Outcome:
     """``moezip merge``: calibrate (or load), group, solve, write, verify."""
     clock = Clock()
-    prepared = prepare_merge(checkpoint, job, common)
-    source = prepared.model.source
+    model = opened(checkpoint)
+    prepared = prepare_merge(checkpoint, job, common, seen_through(model, job.plan, merging=True))
+    source = model.source
     require_text(prepared, job)
     passes = prepared.method.reads_text and job.stats is None
     if plan_only:
@@ -371,7 +375,8 @@ def merge_command(
                 stats.save(save_stats)
         with clock.stage("merge"):
             plan, solved, notes = make_merge_plan(prepared, job, stats, common, workdir / FOLDER)
-        values = LayerFiles(solved.folder) if plan.solved else None
+        plan, values = joined(job.plan, None, plan, LayerFiles(solved.folder) if plan.solved else None)
+        notes = [OBSERVED, *notes] if job.plan is not None and passes else notes
         if plan_only:
             save_plan(plan, out, values)
             outcome = Outcome(plan, None)

@@ -26,7 +26,7 @@ def estimate_merge(checkpoint: str, job: MergeJob, common: Common) -> Estimate:
     model, params = prepared.model, prepared.params
     # fitted rows are as many as kept ones, and lie nowhere yet
     router = "remap" if FORMS[params.router] == "remap" else "kept"
-    layers = tuple(_any_groups(fact, prepared.keep, router) for fact in model.facts)  # type: ignore[arg-type]
+    layers = tuple(any_groups(fact, prepared.keep, router) for fact in model.facts)  # type: ignore[arg-type]
     plan = Plan(model.source.fingerprint, model.architecture.name, layers, factors=_factors(prepared))
     seen = overview(model.source)
     after = tensor_bytes(planned(model.source, plan, job.reader))
@@ -77,7 +77,7 @@ def _factors(prepared: Prepared) -> dict[str, Factors]:
     }
 
 
-def _any_groups(fact: LayerFacts, keep: int, router: RouterForm) -> LayerPlan:
+def any_groups(fact: LayerFacts, keep: int, router: RouterForm) -> LayerPlan:
     """``keep`` groups, one expert each but for the last of every router group, which has the rest."""
     size, each = fact.experts // fact.groups, keep // fact.groups
     picks = []

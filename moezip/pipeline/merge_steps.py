@@ -1,23 +1,23 @@
-"""The merge steps of a recipe: of the model itself, or of what a prune step of the same job leaves of it."""
+"""The steps of a recipe that merge, and those that go on from what the step before them decided."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
-from moezip.arch.families import identify
 from moezip.calibrate.data import DomainText
-from moezip.checkpoint.reader import Checkpoint
 from moezip.errors import RecipeError
 from moezip.pipeline.calibrate import run_calibration
 from moezip.pipeline.common import Common, Opened
 from moezip.pipeline.merge import MergeJob, Prepared, make_merge_plan, passing, prepare_merge
-from moezip.plan.apply import Applied
-from moezip.plan.compose import after_pruning
+from moezip.pipeline.merge_estimate import any_groups
+from moezip.pipeline.onward import OBSERVED, joined, seen_through
+from moezip.pipeline.probes import probing
+from moezip.pipeline.prune import PruneJob, make_plan, prepare_prune
+from moezip.pipeline.prune import passing as prune_passing
 from moezip.plan.packed import LayerFiles, Values
 from moezip.plan.plan import LayerPlan, Pick, Plan
 
@@ -55,16 +55,6 @@ def merge_job(recipe: Recipe, step: Merge) -> MergeJob:
     return MergeJob(step.method, step.keep, step.ratio, settings, texts, weights=weights, scope=step.scope)
 
 
-def seen_through(model: Opened, plan: Plan | None) -> Opened:
-    """The model as a plan leaves it; itself without one."""
-    if plan is None:
-        return model
-    view = Applied(model.source, plan)
-    entry = identify(view.config, view.folder)
-    # whatever calibrates or merges takes any Source; only whoever writes needs the checkpoint
-    return Opened(cast(Checkpoint, view), entry, tuple(entry.layer_facts(view.config)))
-
-
 def check_merge(recipe: Recipe, model: Opened, step: Merge, pruning: Pruning | None, common: Common) -> Prepared:
     """Raises what can be known before any text is read; after a prune, for as many experts as that will leave."""
     plan = None
@@ -89,6 +79,40 @@ def check_merge(recipe: Recipe, model: Opened, step: Merge, pruning: Pruning | N
     return prepared
 
 
+def check_prune(model: Opened, job: PruneJob, merge: Prepared, scope: str, common: Common) -> Pruning:
+    """Raises what can be known before any text is read of a prune after a merge."""
+    params = merge.params
+    reason = None
+    if params.router == "remap":
+        reason = "router=remap keeps the rows of all experts, and those of a pruned one would lead nowhere"
+    elif merge.method.factored is not None:
+        reason = f"{merge.method.name} stores experts as factors, which are not pruned"
+    elif scope == "model":
+        reason = "--scope model leaves layers that differ, which are not compressed again"
+    layers = tuple(any_groups(fact, merge.keep, "kept") for fact in model.facts)
+    view = seen_through(model, Plan(model.source.fingerprint, model.architecture.name, layers))
+    prepared = prepare_prune(str(model.source.folder), job, common, view)
+    if prepared.method.unit != "expert":
+        reason = f"{prepared.method.name} takes neurons out of experts, and merged ones are not there yet"
+    if reason is not None:
+        raise RecipeError(reason, next="give the merge a job of its own, and prune its output with `moezip prune`")
+    return prepared
+
+
+def pruned(model: Opened, job: PruneJob, before: Decided, common: Common, folder: Path) -> Decided:
+    """A prune of what a merge made. Work is left in ``folder``."""
+    assert before.plan is not None
+    seen = seen_through(model, before.plan, before.values)
+    prepared = prepare_prune(str(model.source.folder), job, common, seen)
+    stats, notes = None, before.notes
+    if prepared.method.reads_text:
+        asked = {**prune_passing(prepared), **probing([(prepared.method, prepared.params)])}
+        stats = run_calibration(seen, job.texts, common, workdir=folder / "again", **asked)
+        notes = (*notes, OBSERVED)
+    plan, values = joined(before.plan, before.values, make_plan(prepared, job, stats, common), None)
+    return Decided(plan, values, stats, notes)
+
+
 @contextmanager
 def merging(
     recipe: Recipe,
@@ -105,20 +129,14 @@ def merging(
         first: plan of the prune before it. stats: of the model, where nothing was pruned: what is left of a model
             routes its tokens in another way, so it is observed again.
     """
-    job, seen = merge_job(recipe, step), seen_through(model, first)
+    job, seen = merge_job(recipe, step), seen_through(model, first, merging=True)
     prepared = prepare_merge(str(model.source.folder), job, common, seen)
     notes: tuple[str, ...] = ()
     if first is not None:
         stats = run_calibration(seen, job.texts, common, workdir=folder / "calibrate", **passing(prepared))
-        notes = ("what the prune left was observed again before it was merged",)
+        notes = (OBSERVED,)
     plan, solved, more = make_merge_plan(prepared, job, stats, common, folder / "merge")
     values = LayerFiles(solved.folder) if plan.solved else None
-    if first is not None:
-        plan = after_pruning(first, plan, _provenance(plan.made_by, first.made_by))
+    plan, values = joined(first, None, plan, values)
     yield Decided(plan, values, stats, (*notes, *more))
     shutil.rmtree(folder)
-
-
-def _provenance(merged: Mapping[str, Any], pruned: Mapping[str, Any]) -> dict[str, Any]:
-    """Of both decisions. The rise that the second predicts is one on top of the first's, which is not known here."""
-    return {**{key: value for key, value in merged.items() if key != "predicted_nats"}, "after": dict(pruned)}

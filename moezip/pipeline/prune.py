@@ -23,6 +23,7 @@ from moezip.export.stock import card, tensor_bytes, write_checkpoint
 from moezip.pipeline.calibrate import forget, require_files, resumable, run_calibration, unrouted, work_folder
 from moezip.pipeline.common import Clock, Common, Opened, opened, refuse_file, refuse_output
 from moezip.pipeline.neurons import check_neurons, neuron_layers, require_raggable
+from moezip.pipeline.onward import OBSERVED, joined, seen_through
 from moezip.pipeline.probes import factor_note, probing
 from moezip.plan.apply import Applied
 from moezip.plan.factors import Factors, factors_of
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 NO_PRICE = "there is no price without gradients: use --method nats, or statistics made with --record gradients"
 
 NO_MERGE_PRICE = "merging is priced with gradients and text: --data with --set price=true"
+NO_SUM = "one of the two plans behind it has no price"
 RENORMALISED_PRICE = "prices are of gates that the kept experts share anew, which they do not where routers stay whole"
 
 
@@ -55,6 +57,7 @@ class PruneJob:
         weights: how much each domain counts, by name.
         scope: ``layer`` (the same number of experts in every layer) or ``model`` (ranked over all layers).
         reader: who must be able to read the output (``moezip.export.readers.READERS``); None for whoever can.
+        plan: prune what this plan makes of the checkpoint; None for the checkpoint itself. values: its solved values.
     """
 
     method: str
@@ -66,6 +69,8 @@ class PruneJob:
     weights: Mapping[str, float] = field(default_factory=dict)
     scope: str = "layer"
     reader: str | None = None
+    plan: Plan | None = None
+    values: Values | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +83,10 @@ class Prepared:
     keep: int
 
 
-def prepare_prune(checkpoint: str, job: PruneJob, common: Common) -> Prepared:
-    """Raises UsageError, PlanError, CheckpointError or ArchitectureError for everything that can be known now."""
+def prepare_prune(checkpoint: str, job: PruneJob, common: Common, model: Opened | None = None) -> Prepared:
+    """A job on a checkpoint, or on a ``model`` that is open already, a view perhaps.
+
+    Raises UsageError, PlanError, CheckpointError or ArchitectureError for everything that can be known now."""
     from moezip.plan.allocate import kept_count
     from moezip.prune import METHODS
 
@@ -97,7 +104,7 @@ def prepare_prune(checkpoint: str, job: PruneJob, common: Common) -> Prepared:
         params = replace(params, seed=common.seed)
     if getattr(params, "labels", "data") not in ("data", "model"):
         raise UsageError(f"labels are data or model, not {params.labels!r}", where=f"--set labels={params.labels}")
-    model = opened(checkpoint)
+    model = seen_through(opened(checkpoint), job.plan, job.values) if model is None else model
     require_uniform(model.source.config, "compressing", model.source.folder)
     if job.scope == "model" and method.unit == "expert":
         require_raggable(model, "different numbers of experts in its layers")
@@ -301,12 +308,15 @@ def prune_command(
 ) -> Outcome:
     """``moezip prune``: calibrate (or load), plan, write, verify."""
     clock = Clock()
-    prepared = prepare_prune(checkpoint, job, common)
-    source = prepared.model.source
+    model = opened(checkpoint)
+    prepared = prepare_prune(checkpoint, job, common, seen_through(model, job.plan, job.values))
+    source = model.source
     passes = prepared.method.reads_text and job.stats is None
     require_text(prepared, job)
     if plan_only:
         refuse_file(out, "plan", common)
+        if job.values is not None:
+            refuse_file(out.with_name(VALUES), "file of values", common)
     else:
         refuse_output(out, source.folder, common)
     if save_stats is not None:
@@ -328,13 +338,14 @@ def prune_command(
             if save_stats is not None:
                 stats.save(save_stats)
         with clock.stage("plan"):
-            plan = make_plan(prepared, job, stats, common)
+            plan, values = joined(job.plan, job.values, make_plan(prepared, job, stats, common), None)
         if plan_only:
-            save_plan(plan, out)
+            save_plan(plan, out, values)
             outcome = Outcome(plan, None)
         else:
-            unread = [f"{prepared.method.name} reads no text: --data was not used"] if job.texts and not passes else []
-            report = write_plan(source, plan, out, common, clock, stats, unread, job.reader)
+            notes = [f"{prepared.method.name} reads no text: --data was not used"] if job.texts and not passes else []
+            notes += [OBSERVED] if job.plan is not None and passes else []
+            report = write_plan(source, plan, out, common, clock, stats, notes, job.reader, values)
             outcome = Outcome(plan, report)
     if passes:
         forget(workdir)
@@ -524,6 +535,8 @@ def _no_price(plan: Plan, substituted: bool) -> str | None:
         return RENORMALISED_PRICE
     if "predicted_nats" in plan.made_by:
         return None
+    if "after" in plan.made_by:
+        return NO_SUM
     return NO_MERGE_PRICE if plan.merges else NO_PRICE
 
 
