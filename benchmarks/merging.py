@@ -23,12 +23,10 @@ import measure
 # reads it), ``dominant`` and ``sum`` (one row each, stock).
 MERGES: tuple[tuple[str, str, dict[str, str], str], ...] = (
     ("m-smoe, all rows", "m-smoe", {"router": "remap"}, "layer"),
-    ("m-smoe, all rows, neurons as they lie", "m-smoe", {"router": "remap", "align": "none"}, "layer"),
     ("m-smoe, dominant's row", "m-smoe", {"router": "dominant"}, "layer"),
     ("m-smoe, fitted row", "m-smoe", {"router": "sum"}, "layer"),
     ("m-smoe over the model, all rows", "m-smoe", {"router": "remap"}, "model"),
     ("m-smoe, least squares, all rows", "m-smoe", {"combine": "least-squares", "router": "remap"}, "layer"),
-    ("m-smoe, least squares, dominant's row", "m-smoe", {"combine": "least-squares", "router": "dominant"}, "layer"),
     ("m-smoe, least squares, fitted row", "m-smoe", {"combine": "least-squares", "router": "sum"}, "layer"),
     ("m-smoe, neurons, all rows", "m-smoe", {"combine": "neurons", "router": "remap"}, "layer"),
     ("m-smoe, neurons, dominant's row", "m-smoe", {"combine": "neurons", "router": "dominant"}, "layer"),
@@ -36,16 +34,11 @@ MERGES: tuple[tuple[str, str, dict[str, str], str], ...] = (
     ("m-smoe over the model, neurons, all rows", "m-smoe", {"combine": "neurons", "router": "remap"}, "model"),
     ("hc-smoe, all rows", "hc-smoe", {"router": "remap"}, "layer"),
     ("hc-smoe, all rows, neurons as they lie", "hc-smoe", {"router": "remap", "align": "none"}, "layer"),
-    ("hc-smoe, dominant's row", "hc-smoe", {"router": "dominant"}, "layer"),
     ("hc-smoe, fitted row", "hc-smoe", {"router": "sum"}, "layer"),
-    ("hc-smoe, least squares, all rows", "hc-smoe", {"combine": "least-squares", "router": "remap"}, "layer"),
     ("sub-moe, all rows", "sub-moe", {"router": "remap"}, "layer"),
-    ("sub-moe, dominant's row", "sub-moe", {"router": "dominant"}, "layer"),
     ("sub-moe, fitted row", "sub-moe", {"router": "sum"}, "layer"),
     ("sub-moe over 2 layers, all rows", "sub-moe", {"router": "remap"}, "model"),
     ("sub-moe, rank 0.8, all rows", "sub-moe", {"router": "remap", "rank": "0.8"}, "layer"),
-    ("sub-moe, rank 0.8, fitted row", "sub-moe", {"router": "sum", "rank": "0.8"}, "layer"),
-    ("sub-moe, least squares, all rows", "sub-moe", {"combine": "least-squares", "router": "remap"}, "layer"),
     ("dern", "dern", {}, "layer"),
     ("mc-smoe, all rows", "mc-smoe", {"router": "remap"}, "layer"),
     ("mc-smoe, 300 steps, all rows", "mc-smoe", {"router": "remap", "steps": "300"}, "layer"),
@@ -55,7 +48,6 @@ PRUNES: tuple[tuple[str, str, dict[str, str], str], ...] = (
     ("easy-ep", "easy-ep", {}, "layer"),
     ("heapr", "heapr", {}, "layer"),
     ("nats over the model", "nats", {}, "model"),
-    ("frequency", "frequency", {}, "layer"),
     ("random", "random", {}, "layer"),
 )
 
@@ -68,7 +60,8 @@ def main() -> None:
     parser.add_argument("--tasks", type=Path, help="folder of questions")
     parser.add_argument("--keep", type=int, nargs="+", default=[24, 16, 8])
     parser.add_argument("--tokens", type=int, default=16_384, help="calibration tokens")
-    parser.add_argument("--heldout-tokens", type=int, default=3_584, help="of each held-out file")
+    parser.add_argument("--heldout-tokens", type=int, default=2_048, help="of each held-out file")
+    parser.add_argument("--questions", type=int, default=50, help="of each task file, the first ones")
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--only", nargs="*", help="plans whose label holds one of these words")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all values there")
@@ -110,8 +103,13 @@ def main() -> None:
         stats = run_calibration(model, texts, common, record=list(record), workdir=Path(work) / "w", probes=3)
     print(f"calibration: {stats.tokens:,} tokens in {time.perf_counter() - begun:.1f} s")
 
+    shorter = tempfile.TemporaryDirectory()  # goes when the process does
+    tasks: list[Path] = []
+    for file in sorted(given.tasks.glob("*.jsonl")) if given.tasks else ():
+        tasks.append(Path(shorter.name) / file.name)
+        tasks[-1].write_text("".join(file.read_text().splitlines(keepends=True)[: given.questions]))
+
     def measured(view: Any) -> Any:
-        tasks = [given.tasks] if given.tasks else []
         return evaluate(view, data=[given.heldout], tasks=tasks, tokens=given.heldout_tokens, seq_len=given.seq_len)
 
     dense = measured(model.source)

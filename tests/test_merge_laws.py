@@ -21,13 +21,16 @@ from moezip.arch.families import identify
 from moezip.arch.spec import LayerFacts
 from moezip.checkpoint.reader import Checkpoint
 from moezip.checkpoint.source import Source
-from moezip.export.readers import planned
+from moezip.export.readers import Planned, planned
+from moezip.formats import fp8_block
 from moezip.merge.layer import MergeLayer
 from moezip.merge.params import MergeParams
 from moezip.merge.solve import merge
 from moezip.pipeline.merge import Solved
+from moezip.plan.apply import Applied
 from moezip.plan.merged import VALUES, Merged, digest_of
 from moezip.plan.plan import LayerPlan, Plan
+from moezip.plan.recoded import Recoded
 from tests.command import Cli, model_files, process, write_text
 from tests.copies import Held, copies, shuffled, with_experts
 from tests.test_laws import REORDERED, full_logits, largest_difference, load, plain_rows, streamed_logits, written
@@ -40,6 +43,8 @@ TOKENS = 1024
 # Averages summed in another order are other weights by a unit in the last place; the decay rates of tiny qwen3_next
 # models are drawn anew in every process, and one in 25 of them carries that to 1.4e-5.
 AMPLIFIED = 1e-4
+# Decoded codes are rounded to bfloat16 once more.
+BFLOAT16 = 1 + 2**-7
 
 
 def pairs(fact: LayerFacts) -> Groups:
@@ -56,7 +61,14 @@ def some(fact: LayerFacts) -> Groups:
 
 
 def merged(source: Source, groups: Callable[[LayerFacts], Groups], router: str = "dominant", **settings: Any) -> Merged:
-    """The view of a merge with these groups, weights 1 to E over their sum."""
+    """The view of a merge with these groups, weights 1 to E over their sum; in plain numbers."""
+    view = seen(decoded(source), groups, router, **settings)
+    assert isinstance(view, Merged)
+    return view
+
+
+def seen(source: Source, groups: Callable[[LayerFacts], Groups], router: str = "dominant", **settings: Any) -> Planned:
+    """The same, in the form that is written."""
     entry = identify(source.config)
     params, layers, values = MergeParams(router=router, **settings), [], {}
     for fact in entry.layer_facts(source.config):
@@ -67,9 +79,7 @@ def merged(source: Source, groups: Callable[[LayerFacts], Groups], router: str =
     held = Held(values)
     digest = digest_of(held, held.names()) if values else ""
     plan = Plan(source.fingerprint, entry.name, tuple(layers), values=digest, solved=tuple(held.names()))
-    view = planned(source, plan, None, held)
-    assert isinstance(view, Merged)
-    return view
+    return planned(source, plan, None, held)
 
 
 def written_merge(view: Merged, output: Path) -> Path:
@@ -86,7 +96,8 @@ def test_a_merge_of_nothing_gives_the_same_bytes(name: str, tiny: Tiny, tmp_path
     entry = identify(source.config)
     facts = entry.layer_facts(source.config)
     alone = merge(
-        MergeLayer(source, entry, facts[0], tuple((e,) for e in range(8)), {"counts": np.ones(8)}), MergeParams()
+        MergeLayer(source, entry, facts[0], tuple((e,) for e in range(8)), {"counts": np.ones(8)}),
+        MergeParams(router="dominant"),
     )
     identity = Plan.identity(source.fingerprint, entry.name, facts)
     assert alone.picks == identity.layers[0].picks and not alone.values
@@ -180,6 +191,34 @@ def test_a_stock_router_makes_a_stock_checkpoint(name: str, tiny: Tiny, tmp_path
     assert sum(f.stat().st_size for f in folder.glob("*.safetensors")) < source_bytes(source)
 
 
+@families
+def test_the_default_router_is_stock(name: str, tiny: Tiny, text: Path, tmp_path: Path, cli: Cli) -> None:
+    """Rows fitted to the text where the router is a softmax, the dominant experts' elsewhere; smaller, and read by
+    transformers as it is."""
+    folder, out = tiny(name, dtype="bfloat16"), tmp_path / "out"
+    source = Checkpoint.open(folder)
+    answer = cli("merge", folder, out, "--keep", 6, "--data", text, "--tokens", 256, "--seq-len", 64, "--json")
+    assert answer.code == 0, answer.err
+    softmax = identify(source.config).scoring == "softmax"
+    routers = {layer.router for layer in Plan.load(out / "moezip" / "plan.json").layers}
+    assert routers == {"fitted" if softmax else "kept"} and answer.json["settings"]["router"] == (
+        "sum" if softmax else "dominant"
+    )
+    output, rows = Checkpoint.open(out), plain_rows()
+    assert source_bytes(output) < source_bytes(source) and "quantization_config" not in output.config
+    assert largest_difference(streamed_logits(output, rows), full_logits(load(out), rows), rows) == 0.0
+
+
+def test_without_text_routers_keep_rows_and_say_so(tiny: Tiny, text: Path, tmp_path: Path, cli: Cli) -> None:
+    folder, stats = tiny("qwen3_moe", dtype="bfloat16"), tmp_path / "stats"
+    assert cli("calibrate", folder, "--data", text, "--tokens", 256, "--seq-len", 64, "--out", stats).code == 0
+    answer = cli("merge", folder, tmp_path / "out", "--keep", 6, "--stats", stats, "--json")
+    assert answer.code == 0 and any("with --data, rows are fitted" in note for note in answer.json["notes"])
+    chosen = cli("merge", folder, tmp_path / "b", "--keep", 6, "--stats", stats, "--set", "router=dominant", "--json")
+    assert chosen.code == 0 and not any("rows are fitted" in note for note in chosen.json["notes"])
+    assert model_files(tmp_path / "out") == model_files(tmp_path / "b")
+
+
 def source_bytes(source: Checkpoint) -> int:
     return sum(f.stat().st_size for f in source.folder.glob("*.safetensors"))
 
@@ -209,16 +248,41 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize(("name", "stored"), [("deepseek_v3", "fp8"), ("minimax_m2", "fp8"), ("gpt_oss", "mxfp4")])
 @pytest.mark.parametrize("router", ["dominant", "remap"])
-def test_codes_are_decoded(name: str, stored: str, router: str, tiny: Tiny, tmp_path: Path) -> None:
-    """An average of codes is no code: the output is what merging the decoded checkpoint gives."""
-    source = Checkpoint.open(tiny(name, dtype="bfloat16", stored=stored))
+def test_codes_are_decoded(router: str, tiny: Tiny, tmp_path: Path) -> None:
+    """An average of mxfp4 codes is no code: the output is what merging the decoded checkpoint gives."""
+    source = Checkpoint.open(tiny("gpt_oss", dtype="bfloat16", stored="mxfp4"))
     plain = Checkpoint.open(written(decoded(source), tmp_path / "plain"))
     one = written_merge(merged(source, some, router), tmp_path / "one")
     other = written_merge(merged(plain, some, router), tmp_path / "other")
-    assert "fp8" not in (one / "config.json").read_text() and "mxfp4" not in (one / "config.json").read_text()
+    assert "mxfp4" not in (one / "config.json").read_text()
     assert model_files(one) == model_files(other)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "minimax_m2"])
+@pytest.mark.parametrize("router", ["dominant", "remap"])
+def test_fp8_blocks_stay_fp8_blocks(name: str, router: str, tiny: Tiny, tmp_path: Path) -> None:
+    """Averages are rounded to blocks of their own; every other code and scale is the source's, byte for byte."""
+    source = Checkpoint.open(tiny(name, dtype="bfloat16", stored="fp8"))
+    view = seen(source, some, router)
+    assert isinstance(view, Recoded)
+    output = Checkpoint.open(written(view, tmp_path / "merged"))
+    assert source_bytes(output) < source_bytes(source)
+    wanted, got, kept = merged(source, some, router), decoded(output), Applied(source, view.plan)
+    rounded = 0
+    for key in output.names():
+        matrix = key.removesuffix(fp8_block.SUFFIX)
+        if not wanted.touches(matrix):  # what a prune to the dominant experts would copy
+            assert torch.equal(output.read(key).view(torch.uint8), kept.read(key).view(torch.uint8)), key
+        elif key != matrix:
+            rounded += 1
+            exact = wanted.read(matrix).float()
+            # 3 bits of fraction: half a step is a sixteenth; the smallest codes are multiples of 2^-9 of the largest
+            slack = exact.abs() / 16 + exact.abs().max() / 448 * 2**-10
+            assert bool(((got.read(matrix).float() - exact).abs() <= slack * BFLOAT16).all()), key
+    assert rounded == view.recoded > 0
+    rows = plain_rows()
+    assert largest_difference(streamed_logits(view, rows), streamed_logits(output, rows), rows) == 0.0
 
 
 # -- commands -----------------------------------------------------------------------------------------------
@@ -246,13 +310,14 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @ways
-@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "deepseek_v3", "deepseek_v3 fp8"])
 def test_a_saved_plan_gives_the_same_bytes(
     name: str, way: str, tiny: Tiny, text: Path, tmp_path: Path, cli: Cli
 ) -> None:
-    folder = tiny(name, dtype="bfloat16")
+    family, _, stored = name.partition(" ")
+    folder = tiny(family, dtype="bfloat16", stored=stored or None)
     answer = cli(*words(folder, tmp_path / "merged", way, text))
-    if way == "fitted" and name == "deepseek_v3":
+    if way == "fitted" and family == "deepseek_v3":
         assert answer.code == 2 and "scores every expert by itself" in answer.err
         return
     assert answer.code == 0, answer.err
@@ -369,14 +434,15 @@ def test_prune_after_merge_and_merge_after_prune(tiny: Tiny, text: Path, tmp_pat
 
 
 @ways
-@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "deepseek_v3", "minimax_m2 fp8"])
 def test_a_prune_of_a_plan_that_merges_is_that_of_what_it_writes(
     name: str, way: str, tiny: Tiny, text: Path, tmp_path: Path, cli: Cli
 ) -> None:
     """By view it is what pruning the written merge is, values and router rows included; its own plan applies again."""
-    if way == "fitted" and name == "deepseek_v3":
+    family, _, stored = name.partition(" ")
+    if way == "fitted" and family in ("deepseek_v3", "minimax_m2"):
         pytest.skip("its router is not fitted")
-    folder, plan = tiny(name, dtype="bfloat16"), tmp_path / "p" / "plan.json"
+    folder, plan = tiny(family, dtype="bfloat16", stored=stored or None), tmp_path / "p" / "plan.json"
     assert cli(*words(folder, plan, way, text), "--plan-only").code == 0
     reap = ("--method", "reap", "--keep", 4, "--data", text, "--tokens", TOKENS, "--seq-len", 64)
     answer = cli("prune", folder, tmp_path / "once", "--plan", plan, *reap, "--json")

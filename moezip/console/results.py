@@ -144,8 +144,8 @@ def show_outcome(outcome: Outcome, out: Path, as_json: bool, quiet: bool) -> Non
             f"in each of {len(report.experts_after)} layers",
             "size": f"{console.size(report.bytes_before)} to {console.size(report.bytes_after)} "
             f"({report.bytes_after / report.bytes_before:.0%}), {report.bits_per_weight:.2f} bits per weight",
-            "super experts kept": protected or "none found",
-            "predicted rise of the loss": "none"
+            **({} if outcome.plan.merges and not protected else {"super experts kept": protected or "none found"}),
+            "predicted rise of the loss": f"none: {report.predicted_nats_reason}"
             if report.predicted_nats is None
             else f"{report.predicted_nats:.4f} nats per token (to compare plans by, see moezip methods nats)",
             **({"its factors": show_factors(report.price_factors)} if report.price_factors else {}),

@@ -7,11 +7,13 @@ from moezip.arch.families import identify
 from moezip.checkpoint.source import Source
 from moezip.errors import PlanError, UsageError
 from moezip.export.mone import Substituted
+from moezip.formats.fp8_block import block_size
 from moezip.plan.apply import Applied
 from moezip.plan.factored import Factored
 from moezip.plan.merged import Merged
 from moezip.plan.packed import Values
 from moezip.plan.plan import Plan
+from moezip.plan.recoded import Recoded, in_fp8_blocks
 from moezip.registry import lookup
 
 # The readers' names as users type them, and as they are called.
@@ -24,7 +26,7 @@ VLLM_NOTE = (
     "written after its source code, not run in it. Routers still choose among all experts and a dropped one adds "
     "nothing, so the loss is not that of the same plan without --for; `moezip evaluate` measures it as vLLM runs it"
 )
-Planned = Applied | Substituted | Merged | Factored
+Planned = Applied | Substituted | Merged | Factored | Recoded
 
 
 def check_reader(
@@ -63,7 +65,7 @@ def check_reader(
 def planned(source: Source, plan: Plan, reader: str | None = None, values: Values | None = None) -> Planned:
     """``source`` through ``plan``, in the form that ``reader`` reads: a stock one wherever that can be.
 
-    A plan that merges makes plain numbers, whatever the source stores.
+    A plan that merges makes plain numbers of any stored codes but fp8 blocks, to which an average can be rounded.
 
     Args:
         values: the plan's solved values, if it has any.
@@ -82,6 +84,9 @@ def planned(source: Source, plan: Plan, reader: str | None = None, values: Value
         check_reader(reader, counts_differ=differ, remapped=remapped, factored=bool(plan.factors))
         if plan.factors:
             return Factored(Merged(decoded(source), plan, values, split=True), values)
+        if in_fp8_blocks(source):
+            kept = Applied(source, plan)
+            return Recoded(kept, Merged(decoded(source), plan, values, block=block_size(source.config)))
         return Merged(decoded(source), plan, values)
     if reader is None or reader == "moezip" or not plan.ragged(width):
         return Applied(source, plan)

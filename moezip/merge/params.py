@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moezip.errors import UsageError
@@ -11,7 +11,7 @@ ALIGNMENTS = ("none", "weights", "activations")
 COMBINATIONS = ("frequency", "gates", "mean", "least-squares", "neurons")
 # Those that are solved on the text.
 SOLVED = ("least-squares", "neurons")
-ROUTERS = ("dominant", "sum", "remap")
+ROUTERS = ("auto", "dominant", "sum", "remap")
 REFERENCES = ("dominant", "first")
 
 
@@ -45,7 +45,7 @@ class MergeParams:
     reference: str = "dominant"
     projection: int = 2048
     combine: str = "frequency"
-    router: str = "dominant"
+    router: str = "auto"
     price: bool = False
     ridge: float = 0.01
 
@@ -70,6 +70,17 @@ def require_one_of(key: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         words = f"{', '.join(known[:-1])} or {known[-1]}"
         raise UsageError(f"{key} is {words}, not {value!r}", where=f"--set {key}={value}")
+
+
+def settled(params: Any, scoring: str, text: bool) -> Any:
+    """The settings with a router in place of ``auto``.
+
+    Args:
+        scoring: of the model's router. text: whether there is text to fit rows to.
+    """
+    if params.router != "auto":
+        return params
+    return replace(params, router="sum" if scoring == "softmax" and text else "dominant")
 
 
 def looks(params: Any) -> bool:

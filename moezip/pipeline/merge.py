@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from moezip.plan.factored import factors_in
 from moezip.plan.merged import VALUES, digest_of
 from moezip.plan.packed import LayerFiles
 from moezip.plan.plan import LayerPlan, Plan, pick_json, pick_of, require_groups, require_keepable
+from moezip.plan.recoded import coded, in_fp8_blocks
 from moezip.progress import Progress
 from moezip.registry import Method, lookup, parse_params
 
@@ -85,6 +86,7 @@ def prepare_merge(checkpoint: str, job: MergeJob, common: Common, model: Opened 
     Raises UsageError, PlanError, CheckpointError or ArchitectureError for everything that can be known now.
     """
     from moezip.merge import METHODS
+    from moezip.merge.params import settled
     from moezip.plan.allocate import kept_count
 
     method = lookup(job.method, {entry.name: entry for entry in METHODS}, "merging method")
@@ -98,11 +100,12 @@ def prepare_merge(checkpoint: str, job: MergeJob, common: Common, model: Opened 
             f"{method.name} leaves as many experts in every layer", where="--scope model",
             next="leave --scope out, or use " + ", ".join(entry.name for entry in METHODS if entry.counts is not None),
         )  # fmt: skip
-    remapped = params.router == "remap"
     factored = method.factored is not None
+    remapped = params.router == "remap"
     check_reader(job.reader, counts_differ=job.scope == "model", remapped=remapped, factored=factored)
     model = seen_through(opened(checkpoint), job.plan, merging=True) if model is None else model
     require_uniform(model.source.config, "compressing", model.source.folder)
+    params = settled(params, model.architecture.scoring, bool(job.texts))
     if factored:
         require_raggable(model, "experts that are stored as factors")
     if job.scope == "model" or remapped:
@@ -123,6 +126,12 @@ def prepare_merge(checkpoint: str, job: MergeJob, common: Common, model: Opened 
         raise UsageError("both --data and --stats are given", next="statistics are either saved or taken anew")
     require_files(job.texts)
     return Prepared(model, method, params, keep)
+
+
+def fits_no_rows(prepared: Prepared, job: MergeJob) -> bool:
+    """Whether the router is a poorer one than it would have been with text."""
+    wanted = job.settings.get("router", "auto") == "auto" and prepared.model.architecture.scoring == "softmax"
+    return wanted and not job.texts and any(field.name == "router" for field in fields(prepared.params))
 
 
 def require_room(fact: LayerFacts, keep: int, remapped: bool) -> None:
@@ -287,6 +296,7 @@ def solve_layers(
 
     model = prepared.model
     solve, plain = prepared.method.solve or merge, decoded(model.source)
+    codes = in_fp8_blocks(model.source) and prepared.method.factored is None
     facts = {fact.layer: fact for fact in model.facts}
     watch, done = common.watch, 0
     watch(Progress("merge", 0, len(facts), "layers"))
@@ -295,7 +305,10 @@ def solve_layers(
         part = MergeLayer(
             plain, model.architecture, facts[layer], groups[layer], dict(stats[layer]), inputs, module,
         )  # fmt: skip
-        solved.save(layer, solve(part, prepared.params))
+        found = solve(part, prepared.params)
+        if codes:
+            found.values = coded(found.values, model.source, model.architecture, layer)
+        solved.save(layer, found)
 
     if rows is None:
         for layer in facts:
@@ -377,6 +390,8 @@ def merge_command(
             plan, solved, notes = make_merge_plan(prepared, job, stats, common, workdir / FOLDER)
         plan, values = joined(job.plan, None, plan, LayerFiles(solved.folder) if plan.solved else None)
         notes = [OBSERVED, *notes] if job.plan is not None and passes else notes
+        if fits_no_rows(prepared, job):
+            notes.append("merged experts have the router rows of their dominant ones; with --data, rows are fitted")
         if plan_only:
             save_plan(plan, out, values)
             outcome = Outcome(plan, None)

@@ -31,6 +31,7 @@ from moezip.plan.merged import VALUES, CheckpointValues, digest_of
 from moezip.plan.packed import LayerFiles, Values
 from moezip.plan.plan import Plan, require_keepable
 from moezip.plan.price import expert_prices, predicted_nats, priced
+from moezip.plan.recoded import Recoded
 from moezip.registry import Method, lookup, parse_params
 from moezip.report.report import Report, peak_rss_bytes
 
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 NO_PRICE = "there is no price without gradients: use --method nats, or statistics made with --record gradients"
 
 NO_MERGE_PRICE = "merging is priced with gradients and text: --data with --set price=true"
+NO_LONGER_THERE = "experts that are gone have no price here, and what their neurons make up for has none"
 NO_SUM = "one of the two plans behind it has no price"
 RENORMALISED_PRICE = "prices are of gates that the kept experts share anew, which they do not where routers stay whole"
 
@@ -484,8 +486,15 @@ def _report(
     notes = list(more)
     if isinstance(applied, Applied) and applied.stored_note:
         notes.append(applied.stored_note)
-    if plan.merges and source.config.get("quantization_config"):
-        notes.append("the source's codes were decoded: an average of codes is no code, so the output is plain numbers")
+    if isinstance(applied, Recoded):
+        notes.append(
+            f"{applied.recoded} matrices were rounded to fp8 blocks anew; all other codes are the source's bytes"
+        )
+    elif plan.merges and source.config.get("quantization_config"):
+        notes.append(
+            "the source's codes were decoded: an average of codes is no code, so the output is plain numbers; pack "
+            "them with `moezip quantize`"
+        )
     if plan.mtp == "drop" and any(
         applied.architecture.claim(name, source.config).kind == "extra" for name in source.names()
     ):
@@ -537,7 +546,9 @@ def _no_price(plan: Plan, substituted: bool) -> str | None:
         return None
     if "after" in plan.made_by:
         return NO_SUM
-    return NO_MERGE_PRICE if plan.merges else NO_PRICE
+    if not plan.merges:
+        return NO_PRICE
+    return NO_MERGE_PRICE if "price" in plan.made_by.get("settings", {}) else NO_LONGER_THERE
 
 
 def weights_of(source: Source) -> int:

@@ -15,6 +15,7 @@ from moezip.checkpoint.reader import Checkpoint
 from moezip.checkpoint.source import Source
 from moezip.errors import PlanError, UsageError
 from moezip.export.stock import tensor_bytes, with_source_card, write_checkpoint
+from moezip.formats.fp8_block import block_size
 from moezip.formats.packed import Grid
 from moezip.pipeline.calibrate import forget, require_files, work_folder
 from moezip.pipeline.common import Clock, Common, Opened, opened, refuse_file, refuse_output
@@ -332,7 +333,8 @@ def views(model: Opened, plan: Plan | None = None, values: Values | None = None)
             "factors of matrices cannot be quantized", next="merge without factors, or leave them as they are"
         )
     if plan.merges:
-        return Merged(plain, plan, values), Merged(plain, plan, values, split=True)
+        block = block_size(model.source.config)
+        return (Merged(plain, plan, values, block=block), Merged(plain, plan, values, split=True, block=block))
     return Applied(plain, plan), Applied(plain, plan, split=True)
 
 

@@ -81,7 +81,7 @@ def after_merging(
     """
     require_onward(first, merging=False)
     layers = []
-    solved = {name.rpartition(".")[0] for name in first.solved}
+    solved = {".".join(name.split(".")[:4]) for name in first.solved}
     for before, after in zip(first.layers, second.layers, strict=True):
         picks = []
         for pick in after.picks:
@@ -119,7 +119,7 @@ class Chosen:
         self._origin: dict[str, str] = {}
         places = {layer: {old: new for new, old in enumerate(some)} for layer, some in kept.items()}
         for name in solved:
-            if found := re.fullmatch(r"layers\.(\d+)\.experts\.(\d+)\.(\w+)", name):
+            if found := re.fullmatch(r"layers\.(\d+)\.experts\.(\d+)\.([\w.]+)", name):
                 new = places[int(found[1])].get(int(found[2]))
                 if new is not None:
                     self._origin[f"layers.{found[1]}.experts.{new}.{found[3]}"] = name

@@ -6,6 +6,7 @@ beside the plan (``plan.safetensors``) or, for a plan inside a checkpoint, in th
     layers.<decoder layer>.experts.<number in the output>.<role>    canonical: gate, up [F, D], down [D, F], biases
     layers.<decoder layer>.router.<place in Architecture.router>    as stored, one entry per expert of the output
     layers.<decoder layer>.experts.<number in the output>.<role>.<left|right|rows|rows_index>    of a factored matrix
+    layers.<decoder layer>.experts.<number in the output>.<role>.scale_inv    of one in fp8 blocks, beside its codes
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from moezip.arch.layout import tripwire_of
 from moezip.arch.spec import Architecture, Claim, ExpertRole, ExpertTensor
 from moezip.checkpoint.source import Source, TensorSpec
 from moezip.errors import CheckpointError, PlanError
+from moezip.formats import fp8_block
 from moezip.plan.apply import Applied
 from moezip.plan.packed import Values
 from moezip.plan.plan import Pick, Plan
@@ -41,6 +43,11 @@ def expert_value(layer: int, number: int, role: str) -> str:
 def factor_value(layer: int, number: int, role: str, suffix: str) -> str:
     """Name of a factor, of ``moezip.formats.factors``, of the output's expert ``number``."""
     return f"{expert_value(layer, number, role)}.{suffix.removeprefix('weight_')}"
+
+
+def scale_value(name: str) -> str:
+    """Name of the scales of a solved matrix ``name`` that is stored in fp8 blocks."""
+    return f"{name}.{fp8_block.SUFFIX.removeprefix('_')}"
 
 
 def router_value(layer: int, place: int = 0) -> str:
@@ -146,8 +153,16 @@ class Merged:
         PlanError: as of ``Applied``, or values that are not those of the plan.
     """
 
-    def __init__(self, source: Source, plan: Plan, values: Values | None = None, *, split: bool = False):
-        self.base = Applied(source, plan, split=split)
+    def __init__(
+        self,
+        source: Source,
+        plan: Plan,
+        values: Values | None = None,
+        *,
+        split: bool = False,
+        block: fp8_block.Block = fp8_block.BLOCK,
+    ):
+        self.base, self._block = Applied(source, plan, split=split), block
         self._source, self.plan, self._values = source, plan, values
         self._solved = frozenset(plan.solved)
         if missing := sorted(self._solved - set(values.names() if values is not None else ())):
@@ -186,8 +201,25 @@ class Merged:
 
     # -- what is not the source's ---------------------------------------------------------------------------
 
+    def touches(self, name: str) -> bool:
+        """Whether the tensor is none of the source's."""
+        return name in self._claims
+
+    def claim(self, name: str) -> Claim:
+        """What a tensor is that ``touches`` tells of."""
+        return self._claims[name]
+
+    def solved_codes(self, value: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Codes and scales of a solved matrix that the plan has in fp8 blocks; None for any other."""
+        if scale_value(value) not in self._solved:
+            return None
+        assert self._values is not None
+        return self._values.read(value), self._values.read(scale_value(value))
+
     def _role(self, layer: int, number: int, role: ExpertRole, dtype: torch.dtype) -> torch.Tensor:
         name = expert_value(layer, number, role)
+        if (codes := self.solved_codes(name)) is not None:
+            return fp8_block.decode(*codes, self._block, dtype=dtype)
         if name in self._solved:
             assert self._values is not None
             return self._values.read(name).to(dtype)
