@@ -4,14 +4,16 @@
 
 One calibration with gradients over all files of ``calib``; merging that looks at the layers again does so on the same
 text. Every plan leaves the same number of experts in each layer, or as many neurons' worth, and is measured as a view;
-sizes are those of its tensors. Prints, per plan, megabytes, held-out loss and its rise over all domains, the largest
-rise of one domain, the mean accuracy over the tasks, and the predicted rise where there is one, then the rank
-correlation of predictions and measurements. One calibration set, one seed, one run. Markdown.
+sizes are those of its tensors. Prints, per plan, megabytes, held-out loss and its rise, the mean accuracy over
+the tasks, and the predicted rise where there is one; rises by domain; and the rank correlation of predictions and
+measurements. One calibration set, one seed, one run. Markdown. With ``--stats``, ``--json`` and ``--minutes`` the work
+can be done in pieces.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 import time
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import Any
 
 import measure
 
+DENSE = "all experts"
 # label, method, settings, scope. ``router`` is said wherever it is part of the comparison: ``remap`` (all rows, moezip
 # reads it), ``dominant`` and ``sum`` (one row each, stock).
 MERGES: tuple[tuple[str, str, dict[str, str], str], ...] = (
@@ -64,12 +67,13 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=50, help="of each task file, the first ones")
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--only", nargs="*", help="plans whose label holds one of these words")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all values there")
+    parser.add_argument("--stats", type=Path, metavar="FILE", help="statistics: taken from there, or left there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all values there; what is there is not redone")
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no plan after that; go on with --json")
     given = parser.parse_args()
 
-    from scipy.stats import spearmanr
-
     from moezip.calibrate.data import domains_of
+    from moezip.calibrate.statistics import Statistics
     from moezip.evaluate.loss import evaluate
     from moezip.export.readers import planned
     from moezip.export.stock import tensor_bytes
@@ -98,10 +102,15 @@ def main() -> None:
     record = {"gradients": None}
     for _, method, settings, scope in merges:
         record.update(dict.fromkeys(passing(merging(method, settings, scope, given.keep[0])[1])["record"]))
-    begun = time.perf_counter()
-    with tempfile.TemporaryDirectory() as work:
-        stats = run_calibration(model, texts, common, record=list(record), workdir=Path(work) / "w", probes=3)
-    print(f"calibration: {stats.tokens:,} tokens in {time.perf_counter() - begun:.1f} s")
+    start = begun = time.perf_counter()
+    if given.stats is not None and given.stats.is_file():
+        stats = Statistics.load(given.stats)
+    else:
+        with tempfile.TemporaryDirectory() as work:
+            stats = run_calibration(model, texts, common, record=list(record), workdir=Path(work) / "w", probes=3)
+        measure.say(f"calibration: {stats.tokens:,} tokens in {time.perf_counter() - begun:.1f} s")
+        if given.stats is not None:
+            stats.save(given.stats)
 
     shorter = tempfile.TemporaryDirectory()  # goes when the process does
     tasks: list[Path] = []
@@ -112,31 +121,32 @@ def main() -> None:
     def measured(view: Any) -> Any:
         return evaluate(view, data=[given.heldout], tasks=tasks, tokens=given.heldout_tokens, seq_len=given.seq_len)
 
-    dense = measured(model.source)
-
-    def score(found: Any) -> str:
-        return f"{sum(s.accuracy for s in found.tasks.values()) / len(found.tasks):.3f}" if found.tasks else "-"
-
-    print(f"dense: loss {dense.loss.nll:.4f} over {dense.loss.tokens:,} tokens, tasks {score(dense)}, "
-          f"{tensor_bytes(model.source) / 1e6:.2f} MB\n")  # fmt: skip
-    rows, values = [], []
+    values: list[dict[str, Any]] = []
+    if given.json is not None and given.json.is_file():
+        values = json.loads(given.json.read_text())["merging"]
 
     def add(label: str, keep: int, view: Any, plan: Any, seconds: float) -> None:
         found = measured(view)
-        rise = found.loss.nll - dense.loss.nll
-        rises = {name: loss.nll - dense.by_file[name].nll for name, loss in found.by_file.items()}
-        worst = max(rises, key=lambda name: rises[name])
-        predicted, size = plan.made_by.get("predicted_nats"), tensor_bytes(view)
-        measure.say(f"{keep} {label}: {rise:+.4f}")
-        shown = "-" if predicted is None else f"{predicted:+.4f}"
-        rows.append((str(keep), label, f"{size / 1e6:.2f}", f"{found.loss.nll:.4f}", f"{rise:+.4f}",
-                     f"{rises[worst]:+.3f} {worst}", score(found), shown, f"{seconds:.1f}"))  # fmt: skip
-        values.append({"keep": keep, "plan": label, "bytes": size, "rise": rise, "rises": rises, "predicted": predicted,
-                       "tasks": {name: s.accuracy for name, s in found.tasks.items()}, "seconds": seconds})  # fmt: skip
+        values.append({
+            "keep": keep, "plan": label, "bytes": tensor_bytes(view), "loss": found.loss.nll,
+            "tokens": found.loss.tokens, "losses": {name: loss.nll for name, loss in found.by_file.items()},
+            "predicted": plan.made_by.get("predicted_nats") if plan is not None else None,
+            "tasks": {name: score.accuracy for name, score in found.tasks.items()}, "seconds": seconds,
+        })  # fmt: skip
         measure.save(given.json, {"merging": values})  # of hours of work, all that is done
+        measure.say(f"{keep} {label}: {found.loss.nll:.4f}")
 
+    def done(label: str, keep: int) -> bool:
+        return time.perf_counter() - start > 60 * given.minutes or any(
+            (value["plan"], value["keep"]) == (label, keep) for value in values
+        )
+
+    if not values:
+        add(DENSE, 0, model.source, None, 0.0)
     for keep in given.keep:
         for label, method, settings, scope in merges:
+            if done(label, keep):
+                continue
             job, prepared = merging(method, settings, scope, keep)
             begun = time.perf_counter()
             with tempfile.TemporaryDirectory() as work:
@@ -144,6 +154,8 @@ def main() -> None:
                 seconds = time.perf_counter() - begun
                 add(label, keep, planned(model.source, plan, None, LayerFiles(solved.folder)), plan, seconds)
         for label, method, settings, scope in prunes:
+            if done(label, keep):
+                continue
             asked: dict[str, Any] = {"keep": keep}
             if method == "heapr":
                 asked = {"ratio": 1 - keep / model.facts[0].experts}
@@ -151,13 +163,39 @@ def main() -> None:
             begun = time.perf_counter()
             plan = make_plan(prepare_prune(given.checkpoint, pruning, common), pruning, stats, common)
             add(label, keep, planned(model.source, plan), plan, time.perf_counter() - begun)
-    head = ("experts", "plan", "MB", "loss", "rise", "worst domain", "tasks", "predicted", "s")
-    print(measure.table(head, rows))
-    merged = {plan[0] for plan in merges}
-    for name, some in (("merges", [v for v in values if v["plan"] in merged]), ("all plans", values)):
+    show(values, given.keep, [plan[0] for plan in (*merges, *prunes)], {plan[0] for plan in merges})
+
+
+def show(values: list[dict[str, Any]], keeps: list[int], labels: list[str], merged: set[str]) -> None:
+    """The table, in the order of the plans, and how well predictions rank."""
+    from scipy.stats import spearmanr
+
+    by_plan = {(value["keep"], value["plan"]): value for value in values}
+    dense = by_plan[0, DENSE]
+
+    def accuracy(value: dict[str, Any]) -> str:
+        return f"{sum(value['tasks'].values()) / len(value['tasks']):.3f}" if value["tasks"] else "-"
+
+    def rises(value: dict[str, Any]) -> dict[str, float]:
+        return {name: loss - dense["losses"][name] for name, loss in value["losses"].items()}
+
+    print(f"dense: loss {dense['loss']:.4f} over {dense['tokens']:,} tokens, tasks {accuracy(dense)}, "
+          f"{dense['bytes'] / 1e6:.2f} MB\n")  # fmt: skip
+    rows, domains = [], []
+    found = [by_plan[keep, label] for keep in keeps for label in labels if (keep, label) in by_plan]
+    for value in found:
+        each, predicted = rises(value), value["predicted"]
+        rows.append((str(value["keep"]), value["plan"], f"{value['bytes'] / 1e6:.2f}", f"{value['loss']:.4f}",
+                     f"{value['loss'] - dense['loss']:+.4f}", accuracy(value),
+                     "-" if predicted is None else f"{predicted:+.4f}", f"{value['seconds']:.1f}"))  # fmt: skip
+        domains.append((str(value["keep"]), value["plan"], *(f"{rise:+.3f}" for rise in each.values())))
+    print(measure.table(("experts", "plan", "MB", "loss", "rise", "tasks", "predicted", "s"), rows))
+    print("\nrise by domain\n")
+    print(measure.table(("experts", "plan", *dense["losses"]), domains))
+    for name, some in (("merges", [v for v in found if v["plan"] in merged]), ("all plans", found)):
         told = [v for v in some if v["predicted"] is not None]
         if len(told) > 2:
-            rank = spearmanr([v["predicted"] for v in told], [v["rise"] for v in told]).statistic
+            rank = spearmanr([v["predicted"] for v in told], [v["loss"] for v in told]).statistic
             print(f"\nrank correlation of predicted and measured rises, {name} ({len(told)}): {rank:.3f}")
 
 

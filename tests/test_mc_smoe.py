@@ -220,7 +220,7 @@ def test_training_makes_the_error_smaller_and_moves_nothing_but_factors(tiny: Ti
     merged(cli, source, tmp_path / "plain")
     merged(cli, source, tmp_path / "trained", "--set", "steps=30")
     notes = json.loads((tmp_path / "trained" / "moezip" / "report.json").read_text())["notes"]
-    errors = [note.split("size: ")[-1] for note in notes if "on a sample" in note]
+    errors = [note.split("size: ")[-1] for note in notes if "held back" in note]
     assert len(errors) == 3
     for text in errors:
         before, after = (float(part.split("%")[0].split()[-1]) for part in text.split(" before training, "))
