@@ -452,6 +452,11 @@ def test_a_prune_of_a_plan_that_merges_is_that_of_what_it_writes(
     assert answer.code == 0, answer.err
     assert answer.json["experts_before"] == [8] * len(answer.json["experts_after"])
     assert any("read again through the plan before" in note for note in answer.json["notes"])
+    if way == "average":  # told before any text is read
+        answer = cli(
+            "prune", folder, tmp_path / "no", "--plan", plan, "--method", "heapr", "--ratio", 0.5, "--data", text
+        )
+        assert answer.code == 1 and "neurons cannot be taken out" in answer.err and "calibrate" not in answer.err
     assert cli("apply", folder, plan, tmp_path / "merged").code == 0
     assert cli("prune", tmp_path / "merged", tmp_path / "twice", *reap).code == 0
     once = tensors(tmp_path / "once")

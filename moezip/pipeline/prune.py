@@ -26,6 +26,7 @@ from moezip.pipeline.neurons import check_neurons, neuron_layers, require_raggab
 from moezip.pipeline.onward import OBSERVED, joined, seen_through
 from moezip.pipeline.probes import factor_note, probing
 from moezip.plan.apply import Applied
+from moezip.plan.compose import require_onward
 from moezip.plan.factors import Factors, factors_of
 from moezip.plan.merged import VALUES, CheckpointValues, digest_of
 from moezip.plan.packed import LayerFiles, Values
@@ -108,6 +109,8 @@ def prepare_prune(checkpoint: str, job: PruneJob, common: Common, model: Opened 
         raise UsageError(f"labels are data or model, not {params.labels!r}", where=f"--set labels={params.labels}")
     model = seen_through(opened(checkpoint), job.plan, job.values) if model is None else model
     require_uniform(model.source.config, "compressing", model.source.folder)
+    if job.plan is not None:
+        require_onward(job.plan, merging=False, neurons=method.unit == "neuron")
     if job.scope == "model" and method.unit == "expert":
         require_raggable(model, "different numbers of experts in its layers")
     if method.unit == "neuron":

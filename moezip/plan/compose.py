@@ -18,17 +18,19 @@ if TYPE_CHECKING:
 NEXT = "write the checkpoint that the first one makes, and go on from there"
 
 
-def require_onward(first: Plan, *, merging: bool) -> None:
+def require_onward(first: Plan, *, merging: bool, neurons: bool = False) -> None:
     """Raises PlanError for a plan that no other can come after.
 
     Args:
-        merging: whether the other one merges.
+        merging: whether the other one merges. neurons: whether it takes neurons out of experts.
     """
     if first.packing or first.factors or not all(layer.whole for layer in first.layers):
         what = "codes" if first.packing else "factors" if first.factors else "some neurons of its experts alone"
         raise PlanError(f"after a plan that keeps {what} there can be none that chooses experts", next=NEXT)
     if merging and first.merges:
         raise PlanError("after a plan that merges there can be none that merges again", next=NEXT)
+    if neurons and first.merges:
+        raise PlanError("neurons cannot be taken out of experts that are merged by a plan", next=NEXT)
     for layer in first.layers:
         if layer.router == "remap":
             raise PlanError(
@@ -77,24 +79,15 @@ def after_merging(
         made_by: for the reader of the plan.
 
     Raises:
-        PlanError: as of ``require_onward``, or ``second`` takes neurons out of experts that are averages or solved.
+        PlanError: as of ``require_onward``, or ``second`` takes neurons out of experts that ``first`` merges.
     """
-    require_onward(first, merging=False)
+    require_onward(first, merging=False, neurons=not all(layer.whole for layer in second.layers))
     layers = []
-    solved = {".".join(name.split(".")[:4]) for name in first.solved}
     for before, after in zip(first.layers, second.layers, strict=True):
         picks = []
         for pick in after.picks:
-            [part], old = pick.parts, before.picks[pick.kept]
-            if part.neurons is None:
-                picks.append(old)
-                continue
-            if old.mixed or f"layers.{after.layer}.experts.{part.expert}" in solved:
-                raise PlanError(
-                    f"layer {after.layer}: neurons cannot be taken out of an expert that is merged by a plan",
-                    next=NEXT,
-                )
-            picks.append(Pick((Part(old.kept, 1.0, part.neurons),)))
+            old = before.picks[pick.kept]
+            picks.append(old if pick.neurons is None else Pick((Part(old.kept, 1.0, pick.neurons),)))
         protected = tuple(before.picks[place].kept for place in after.protected)
         layers.append(LayerPlan(after.layer, before.experts, tuple(picks), (), protected, before.router))
     mtp = second.mtp if first.mtp == "keep" else "drop"
