@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moezip.checkpoint.source import Source
 from moezip.pipeline.common import Common, opened
 from moezip.progress import Progress
 
@@ -23,18 +24,33 @@ def evaluate_command(
     tokens: int | None = None,
 ) -> Evaluation:
     """Loss, divergence from ``against`` and task scores of a checkpoint, streamed."""
-    from moezip.evaluate.loss import evaluate
-
     model = opened(checkpoint)
     reference = None if against is None else opened(against)
+    return evaluate_source(
+        model.source, common, against=None if reference is None else reference.source, data=data, tasks=tasks,
+        tokens=tokens,
+    )  # fmt: skip
+
+
+def evaluate_source(
+    source: Source,
+    common: Common,
+    *,
+    against: Source | None = None,
+    data: Sequence[Path] = (),
+    tasks: Sequence[Path] = (),
+    tokens: int | None = None,
+) -> Evaluation:
+    """The same of a source that is open already, a view perhaps."""
+    from moezip.evaluate.loss import evaluate
 
     def progress(stage: str, done: int, total: int) -> None:
         common.watch(Progress(f"evaluate {stage}", done, total))
 
     return evaluate(
-        model.source,
+        source,
         data=data,
-        against=None if reference is None else reference.source,
+        against=against,
         tasks=tasks,
         tokens=tokens,
         seq_len=common.seq_len,

@@ -97,6 +97,14 @@ def export_command(checkpoint: str, out: Path, to: str, reader: str | None, comm
     with clock.stage("plan"):
         refuse_output(out, source.folder, common)
         export = export_of(source, to, reader)
+    plan = source.folder / PLAN
+    return write_export(model, export, out, to, plan.read_bytes() if plan.is_file() else None, common, clock)
+
+
+def write_export(
+    model: Opened, export: Export, out: Path, to: str, plan: bytes | None, common: Common, clock: Clock
+) -> Report:
+    """Writes what ``export_of`` made of the model, with the plan that made the model; its report."""
     finished: list[Report] = []
     begun = clock.seconds
 
@@ -105,7 +113,6 @@ def export_command(checkpoint: str, out: Path, to: str, reader: str | None, comm
         finished.append(replace(_report(model, export, out, to), seconds=clock.seconds, stages=stages))
         return finished[-1].to_json()
 
-    plan = source.folder / PLAN
     with clock.stage("write"):
         write_checkpoint(
             export.view,
@@ -114,7 +121,7 @@ def export_command(checkpoint: str, out: Path, to: str, reader: str | None, comm
             text=card_of(model, export, to),
             report=report,
             command=common.command,
-            extra={PLAN: plan.read_bytes()} if plan.is_file() else None,
+            extra=None if plan is None else {PLAN: plan},
             overwrite=common.overwrite,
             watch=common.watch,
         )

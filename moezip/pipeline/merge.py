@@ -376,22 +376,9 @@ def merge_command(
         refuse_file(save_stats, "statistics file", common)
     workdir = common.workdir or work_folder(out)
     with resumable(workdir):
-        stats = None
-        if job.stats is not None:
-            from moezip.calibrate.statistics import Statistics as Saved
-
-            stats = Saved.load(job.stats)
-        elif passes:
-            with clock.stage("calibrate"):
-                stats = run_calibration(prepared.model, job.texts, common, workdir=workdir, **passing(prepared))
-            if save_stats is not None:
-                stats.save(save_stats)
-        with clock.stage("merge"):
-            plan, solved, notes = make_merge_plan(prepared, job, stats, common, workdir / FOLDER)
+        plan, solved, stats, notes = decide_merge(prepared, job, common, clock, workdir, save_stats=save_stats)
         plan, values = joined(job.plan, None, plan, LayerFiles(solved.folder) if plan.solved else None)
         notes = [OBSERVED, *notes] if job.plan is not None and passes else notes
-        if fits_no_rows(prepared, job):
-            notes.append("merged experts have the router rows of their dominant ones; with --data, rows are fitted")
         if plan_only:
             save_plan(plan, out, values)
             outcome = Outcome(plan, None)
@@ -402,6 +389,37 @@ def merge_command(
         solved.clear()
     forget(workdir)
     return outcome
+
+
+def decide_merge(
+    prepared: Prepared,
+    job: MergeJob,
+    common: Common,
+    clock: Clock,
+    workdir: Path,
+    *,
+    stats: Statistics | None = None,
+    save_stats: Path | None = None,
+) -> tuple[Plan, Solved, Statistics | None, list[str]]:
+    """The plan, its solved values, the statistics behind it, and what the report should say.
+
+    Args:
+        stats: to decide with; None for those that the job names, or those of its text.
+    """
+    if stats is None and job.stats is not None:
+        from moezip.calibrate.statistics import Statistics as Saved
+
+        stats = Saved.load(job.stats)
+    elif stats is None and prepared.method.reads_text:
+        with clock.stage("calibrate"):
+            stats = run_calibration(prepared.model, job.texts, common, workdir=workdir, **passing(prepared))
+        if save_stats is not None:
+            stats.save(save_stats)
+    with clock.stage("merge"):
+        plan, solved, notes = make_merge_plan(prepared, job, stats, common, workdir / FOLDER)
+    if fits_no_rows(prepared, job):
+        notes.append("merged experts have the router rows of their dominant ones; with --data, rows are fitted")
+    return plan, solved, stats, notes
 
 
 def passing(prepared: Prepared) -> dict[str, Any]:

@@ -113,6 +113,27 @@ def pruned(model: Opened, job: PruneJob, before: Decided, common: Common, folder
     return Decided(plan, values, stats, notes)
 
 
+def merge_after(
+    job: MergeJob, model: Opened, first: Plan | None, stats: Statistics | None, common: Common, folder: Path
+) -> Decided:
+    """Decides, and leaves the solved values in ``folder``.
+
+    Args:
+        first: plan of the prune before it. stats: of the model, where nothing was pruned: what is left of a model
+            routes its tokens in another way, so it is observed again.
+    """
+    seen = seen_through(model, first, merging=True)
+    prepared = prepare_merge(str(model.source.folder), job, common, seen)
+    notes: tuple[str, ...] = ()
+    if first is not None:
+        stats = run_calibration(seen, job.texts, common, workdir=folder / "calibrate", **passing(prepared))
+        notes = (OBSERVED,)
+    plan, solved, more = make_merge_plan(prepared, job, stats, common, folder / "merge")
+    values = LayerFiles(solved.folder) if plan.solved else None
+    plan, values = joined(first, None, plan, values)
+    return Decided(plan, values, stats, (*notes, *more))
+
+
 @contextmanager
 def merging(
     recipe: Recipe,
@@ -123,20 +144,6 @@ def merging(
     common: Common,
     folder: Path,
 ) -> Iterator[Decided]:
-    """Decides, and keeps the solved values in ``folder`` until what is made of them is written.
-
-    Args:
-        first: plan of the prune before it. stats: of the model, where nothing was pruned: what is left of a model
-            routes its tokens in another way, so it is observed again.
-    """
-    job, seen = merge_job(recipe, step), seen_through(model, first, merging=True)
-    prepared = prepare_merge(str(model.source.folder), job, common, seen)
-    notes: tuple[str, ...] = ()
-    if first is not None:
-        stats = run_calibration(seen, job.texts, common, workdir=folder / "calibrate", **passing(prepared))
-        notes = (OBSERVED,)
-    plan, solved, more = make_merge_plan(prepared, job, stats, common, folder / "merge")
-    values = LayerFiles(solved.folder) if plan.solved else None
-    plan, values = joined(first, None, plan, values)
-    yield Decided(plan, values, stats, (*notes, *more))
+    """Decides, and keeps the solved values in ``folder`` until what is made of them is written."""
+    yield merge_after(merge_job(recipe, step), model, first, stats, common, folder)
     shutil.rmtree(folder)

@@ -89,7 +89,8 @@ class Prepared:
 def prepare_prune(checkpoint: str, job: PruneJob, common: Common, model: Opened | None = None) -> Prepared:
     """A job on a checkpoint, or on a ``model`` that is open already, a view perhaps.
 
-    Raises UsageError, PlanError, CheckpointError or ArchitectureError for everything that can be known now."""
+    Raises UsageError, PlanError, CheckpointError or ArchitectureError for everything that can be known now.
+    """
     from moezip.plan.allocate import kept_count
     from moezip.prune import METHODS
 
@@ -331,30 +332,49 @@ def prune_command(
         refuse_file(save_stats, "statistics file", common)
     workdir = common.workdir or work_folder(out)
     with resumable(workdir):
-        stats: Statistics | None = None
-        if job.stats is not None:
-            from moezip.calibrate.statistics import Statistics as Saved
-
-            stats = Saved.load(job.stats)
-        elif passes:
-            with clock.stage("calibrate"):
-                asked = {**passing(prepared), **probing([(prepared.method, prepared.params)])}
-                stats = run_calibration(prepared.model, job.texts, common, workdir=workdir, **asked)
-            if save_stats is not None:
-                stats.save(save_stats)
-        with clock.stage("plan"):
-            plan, values = joined(job.plan, job.values, make_plan(prepared, job, stats, common), None)
+        made, stats, notes = decide_prune(prepared, job, common, clock, workdir, save_stats=save_stats)
+        plan, values = joined(job.plan, job.values, made, None)
         if plan_only:
             save_plan(plan, out, values)
             outcome = Outcome(plan, None)
         else:
-            notes = [f"{prepared.method.name} reads no text: --data was not used"] if job.texts and not passes else []
             notes += [OBSERVED] if job.plan is not None and passes else []
             report = write_plan(source, plan, out, common, clock, stats, notes, job.reader, values)
             outcome = Outcome(plan, report)
     if passes:
         forget(workdir)
     return outcome
+
+
+def decide_prune(
+    prepared: Prepared,
+    job: PruneJob,
+    common: Common,
+    clock: Clock,
+    workdir: Path,
+    *,
+    stats: Statistics | None = None,
+    save_stats: Path | None = None,
+) -> tuple[Plan, Statistics | None, list[str]]:
+    """The plan, the statistics behind it, and what the report should say.
+
+    Args:
+        stats: to decide with; None for those that the job names, or those of its text.
+    """
+    if stats is None and job.stats is not None:
+        from moezip.calibrate.statistics import Statistics as Saved
+
+        stats = Saved.load(job.stats)
+    elif stats is None and prepared.method.reads_text:
+        with clock.stage("calibrate"):
+            asked = {**passing(prepared), **probing([(prepared.method, prepared.params)])}
+            stats = run_calibration(prepared.model, job.texts, common, workdir=workdir, **asked)
+        if save_stats is not None:
+            stats.save(save_stats)
+    with clock.stage("plan"):
+        plan = make_plan(prepared, job, stats, common)
+    unread = job.texts and not prepared.method.reads_text
+    return plan, stats, [f"{prepared.method.name} reads no text: --data was not used"] if unread else []
 
 
 def save_plan(plan: Plan, out: Path, values: Values | None = None) -> None:

@@ -34,7 +34,7 @@ from moezip.report.report import Report, peak_rss_bytes
 if TYPE_CHECKING:
     from moezip.calibrate.data import DomainText, Rows
     from moezip.pipeline.export import Form
-    from moezip.pipeline.layerwise import LayerReport
+    from moezip.pipeline.layerwise import LayerReport, Solved
     from moezip.pipeline.widths import Chooser, Wanted, Widths
     from moezip.plan.widths import Granularity
 
@@ -137,8 +137,32 @@ class Outcome:
         return grid_counts(self.plan.packing)
 
 
-def prepare_quantize(checkpoint: str, job: QuantizeJob, common: Common) -> Prepared:
-    """Raises UsageError, PlanError, CheckpointError or ArchitectureError for everything that can be known now."""
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """Widths that were chosen, and codes that were solved for them; nothing is written yet.
+
+    Attributes:
+        packed: the checkpoint with its codes, which lie in ``solved``.
+        notes: for the report.
+    """
+
+    about: About
+    plan: Plan
+    packed: Packed
+    solved: Solved
+    layers: Mapping[str, LayerReport]
+    chosen: Widths
+    notes: tuple[str, ...]
+
+    def write(self, out: Path, common: Common, clock: Clock) -> Report:
+        return write_packed(self.about, self.plan, self.packed, out, common, clock, self.notes)
+
+
+def prepare_quantize(checkpoint: str, job: QuantizeJob, common: Common, model: Opened | None = None) -> Prepared:
+    """A job on a checkpoint, or on a ``model`` that is open already.
+
+    Raises UsageError, PlanError, CheckpointError or ArchitectureError for everything that can be known now.
+    """
     from moezip.pipeline.widths import PLANNED, Wanted, check_wanted, needs_prices
     from moezip.plan.allocators import ALLOCATORS
     from moezip.quantize import METHODS
@@ -149,7 +173,7 @@ def prepare_quantize(checkpoint: str, job: QuantizeJob, common: Common) -> Prepa
     params, storage, own = split_settings(method, job.settings, allocator)
     if job.planned:
         _check_planned(job, storage, own)
-    model = opened(checkpoint)
+    model = opened(checkpoint) if model is None else model
     if job.reader == "transformers" and "symmetric" not in job.settings:
         storage = replace(storage, symmetric=True)  # its loader for packed codes takes no zeros
     wanted = Wanted(
@@ -215,56 +239,91 @@ def quantize_command(
         tell: called with the widths once they are chosen, before anything is solved.
         plan_only: ``out`` is a file that gets the plan: picks and widths, and no codes.
     """
-    from moezip.pipeline.layerwise import Solved, job_digest
-
     clock = Clock()
     prepared = prepare_quantize(checkpoint, job, common)
-    model = prepared.model
     if plan_only:
         refuse_file(out, "plan", common)
         if job.values is not None:
             refuse_file(out.with_name(VALUES), "file of values", common)
     else:
-        refuse_output(out, model.source.folder, common)
+        refuse_output(out, prepared.model.source.folder, common)
     folder = (common.workdir or work_folder(out)) / WORK
+    if plan_only:
+        # without codes to solve, only a choice that reads text needs any
+        decided = decide_widths(prepared, job, common, clock, folder, prepared.wanted.allocate in READ_TEXT)
+        tell(decided.chosen)
+        plan = replace(decided.split.plan, made_by=decided.made_by, packing=decided.chosen.packing)
+        save_plan(plan, out, job.values)
+        forget_work(folder)
+        return Outcome(plan, None, {}, decided.chosen)
+    codes = solve_quantize(prepared, job, common, clock, folder, tell)
+    report = codes.write(out, common, clock)
+    codes.solved.clear()
+    forget_work(folder)
+    return Outcome(codes.plan, report, codes.layers, codes.chosen)
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """Who gets how many bits: the views that codes are solved on, and the provenance for the plan's reader."""
+
+    plain: Source
+    split: Applied | Merged
+    rows: Rows | None
+    chosen: Widths
+    made_by: dict[str, Any]
+
+
+def decide_widths(
+    prepared: Prepared, job: QuantizeJob, common: Common, clock: Clock, folder: Path, reads_text: bool
+) -> Decided:
+    """Raises PlanError where the reader could not read such codes; a refusal must not wait for them."""
+    model = prepared.model
     plain, split = views(model, job.plan, job.values)
     import_model_code(model.source.config)
-    # without codes to solve, only a choice that reads text needs any
-    reads_text = prepared.wanted.allocate in READ_TEXT if plan_only else prepared.reads_text
     rows = read_rows(model, job, common) if reads_text else None
     with clock.stage("plan"):
         chosen = choose(prepared, job, plain, split, rows, folder, common)
-    tell(chosen)
-    packing = chosen.packing
     if chosen.plan is not split.plan:
         plain, split = views(model, chosen.plan, job.values)
-    readable(Packed(split, packing, Unsolved(split, packing)), job.reader)  # a refusal must not wait for the codes
-    made_by = provenance(prepared, job, common, rows, chosen)
-    if plan_only:
-        plan = replace(split.plan, made_by=made_by, packing=packing)
-        save_plan(plan, out, job.values)
-        forget_work(folder)
-        return Outcome(plan, None, {}, chosen)
+    readable(Packed(split, chosen.packing, Unsolved(split, chosen.packing)), job.reader)
+    return Decided(plain, split, rows, chosen, provenance(prepared, job, common, rows, chosen))
+
+
+def solve_quantize(
+    prepared: Prepared,
+    job: QuantizeJob,
+    common: Common,
+    clock: Clock,
+    folder: Path,
+    tell: Callable[[Widths], None] = lambda chosen: None,
+) -> Codes:
+    """Chooses widths and solves codes into ``folder``, where they stay."""
+    from moezip.pipeline.layerwise import Solved, job_digest
+
+    decided = decide_widths(prepared, job, common, clock, folder, prepared.reads_text)
+    tell(decided.chosen)
+    model, rows, packing = prepared.model, decided.rows, decided.chosen.packing
     solved = Solved(
-        folder, job_digest(split.fingerprint, packing, made_by, None if rows is None else rows.fingerprint())
+        folder,
+        job_digest(decided.split.fingerprint, packing, decided.made_by, None if rows is None else rows.fingerprint()),
     )
     solved.begin(common.resume)
     with clock.stage("solve"):
-        solve_all(prepared, plain, split, rows if prepared.layerwise else None, packing, solved, common)
+        solve_all(
+            prepared, decided.plain, decided.split, rows if prepared.layerwise else None, packing, solved, common
+        )  # fmt: skip
     reports = {file.stem: solved.report(file.stem) for file in sorted(folder.glob("*.safetensors"))}
     grids = {name: Grid.parse(text) for each in reports.values() for name, text in each.grids.items()}
-    plan = replace(split.plan, made_by=made_by, packing={name: grids[name] for name in packing})
-    packed = Packed(split, plan.packing, LayerFiles(folder))
-    notes = list(notes_of(prepared, reports, chosen.left))
+    plan = replace(decided.split.plan, made_by=decided.made_by, packing={name: grids[name] for name in packing})
+    packed = Packed(decided.split, plan.packing, LayerFiles(folder))
+    notes = list(notes_of(prepared, reports, decided.chosen.left))
     if any(model.architecture.claim(name, model.source.config).kind == "extra" for name in model.source.names()):
         notes.append("the multi-token-prediction layers were dropped")
     if job.texts and not prepared.reads_text:
         notes.append(f"{prepared.method.name} reads no text: --data was not used")
-    about = About(prepared.method.name, model, job.reader, chosen.nats)
-    report = write_packed(about, plan, packed, out, common, clock, notes)
-    solved.clear()
-    forget_work(folder)
-    return Outcome(plan, report, reports, chosen)
+    about = About(prepared.method.name, model, job.reader, decided.chosen.nats)
+    return Codes(about, plan, packed, solved, reports, decided.chosen, tuple(notes))
 
 
 def forget_work(folder: Path) -> None:

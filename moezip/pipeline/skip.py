@@ -106,8 +106,11 @@ class PreparedSkip:
     renormalise: bool
 
 
-def prepare_skip(checkpoint: str, job: SkipJob) -> PreparedSkip:
-    """Raises UsageError, DataError, CheckpointError or ArchitectureError for everything that can be known now."""
+def prepare_skip(checkpoint: str, job: SkipJob, model: Opened | None = None) -> PreparedSkip:
+    """A job on a checkpoint, or on a ``model`` that is open already.
+
+    Raises UsageError, DataError, CheckpointError or ArchitectureError for everything that can be known now.
+    """
     method = lookup(job.rule, RULES, "rule")
     params = parse_params(method, job.settings)
     for name, low, high in (("quantile", 0, 1), ("protect", 0, 1), ("penalty", 0, None), ("steps", 1, None),
@@ -123,7 +126,7 @@ def prepare_skip(checkpoint: str, job: SkipJob) -> PreparedSkip:
         raise UsageError(f"{method.name} needs text to learn from",
                          next="give --data PATH, text of the kind that the model is for")  # fmt: skip
     require_files(job.texts)
-    model = opened(checkpoint)
+    model = opened(checkpoint) if model is None else model
     if not model.facts:
         raise ArchitectureError("no layer of this model has experts", where=model.source.folder)
     if model.facts[0].top_k < 2:
@@ -145,30 +148,36 @@ def skip_command(checkpoint: str, out: Path, job: SkipJob, common: Common) -> Re
     with resumable(workdir):
         with clock.stage("calibrate"):
             learnt = prepared.method.run(prepared, job, common, workdir)
-        finished: list[Report] = []
-        view = WithSkipping(source, learnt.skipping)
-        title = f"{prepared.model.architecture.name}, skipping experts"
-        made = f"Made by moezip {__version__}: `moezip skip --rule {prepared.method.name}`."
-        lines = [made, "", *how_to_load(learnt.skipping, own_format(source.config))]
-
-        def report() -> str:
-            finished.append(_report(prepared, learnt, job, out, clock))
-            return finished[-1].to_json()
-
-        plan = source.folder / PLAN
-        with clock.stage("write"):
-            write_checkpoint(
-                view,
-                None,
-                out,
-                text=with_source_card(source.folder, title, lines),
-                report=report,
-                command=common.command,
-                extra={**({PLAN: plan.read_bytes()} if plan.is_file() else {}), **learnt.extra},
-                overwrite=common.overwrite,
-                watch=common.watch,
-            )
+        report = write_skip(prepared, learnt, job, out, common, clock)
     forget(workdir)
+    return report
+
+
+def write_skip(prepared: PreparedSkip, learnt: Learnt, job: SkipJob, out: Path, common: Common, clock: Clock) -> Report:
+    """Writes the checkpoint with its rule; its report."""
+    source = prepared.model.source
+    finished: list[Report] = []
+    title = f"{prepared.model.architecture.name}, skipping experts"
+    made = f"Made by moezip {__version__}: `moezip skip --rule {prepared.method.name}`."
+    lines = [made, "", *how_to_load(learnt.skipping, own_format(source.config))]
+
+    def report() -> str:
+        finished.append(_report(prepared, learnt, job, out, clock))
+        return finished[-1].to_json()
+
+    plan = source.folder / PLAN
+    with clock.stage("write"):
+        write_checkpoint(
+            WithSkipping(source, learnt.skipping),
+            None,
+            out,
+            text=with_source_card(source.folder, title, lines),
+            report=report,
+            command=common.command,
+            extra={**({PLAN: plan.read_bytes()} if plan.is_file() else {}), **learnt.extra},
+            overwrite=common.overwrite,
+            watch=common.watch,
+        )
     return replace(finished[-1], seconds=clock.seconds, stages=dict(clock.stages), peak_rss_bytes=peak_rss_bytes())
 
 
