@@ -17,6 +17,7 @@ ORDER = (
     ("__main__",),
     ("cli",),
     ("console",),
+    ("api",),
     ("pipeline",),
     ("recipe",),
     ("demo",),

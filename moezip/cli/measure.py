@@ -22,6 +22,7 @@ from moezip.cli.options import (
     Tokens,
     Workdir,
     common_of,
+    packaged,
 )
 from moezip.console import results
 from moezip.errors import UsageError
@@ -72,7 +73,9 @@ def evaluate(
         str | None, typer.Option("--against", help="A reference checkpoint, usually the source.")
     ] = None,
     data: Data = None,
-    tasks: Annotated[list[Path] | None, typer.Option("--tasks", help="Questions: .jsonl or a folder of them.")] = None,
+    tasks: Annotated[
+        list[Path] | None, typer.Option("--tasks", callback=packaged, help="Questions: .jsonl or a folder of them.")
+    ] = None,
     tokens: Annotated[
         int | None, typer.Option("--tokens", min=2, help="At most this many per file. Default all.")
     ] = None,

@@ -16,11 +16,24 @@ if TYPE_CHECKING:
     from moezip.pipeline import Common
     from moezip.progress import Watch
 
+
+def packaged(paths: list[Path] | None) -> list[Path] | None:
+    """Paths as they are, but for those of the packaged text. Raises DataError for one that is not there."""
+    from moezip import demo
+
+    return None if paths is None else [demo.named(path.as_posix()) or path for path in paths]
+
+
 Ckpt = Annotated[str, typer.Argument(metavar="CKPT", help="A checkpoint folder, or the word demo.")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")]
 Data = Annotated[
     list[Path] | None,
-    typer.Option("--data", help="Text: .txt, .jsonl or a folder of them. One path is one domain; repeat for several."),
+    typer.Option(
+        "--data",
+        callback=packaged,
+        help="Text: .txt, .jsonl or a folder of them. One path is one domain; repeat for several. "
+        "demo:calib/python.jsonl is of the package.",
+    ),
 ]
 Tokens = Annotated[int, typer.Option("--tokens", min=2, help="Calibration tokens, shared over the domains.")]
 SeqLen = Annotated[

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from moezip.errors import DataError
+from moezip.registry import did_you_mean
 
 Kind = Literal["calib", "heldout", "tasks"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -43,6 +44,30 @@ def data(kind: Kind) -> Path:
         DataError: the package was installed without it.
     """
     return _inside("data", kind)
+
+
+def named(text: str) -> Path | None:
+    """The path that ``demo:heldout`` or ``demo:heldout/python.jsonl`` stands for; None for any other text.
+
+    Raises:
+        DataError: no such kind or file.
+    """
+    if not text.startswith("demo:"):
+        return None
+    kind, _, rest = text.removeprefix("demo:").partition("/")
+    if kind not in KINDS:
+        raise DataError(
+            f"the demo has no text called {kind!r}", where=text,
+            next=f"{did_you_mean(kind, KINDS)}available: {', '.join(KINDS)}",
+        )  # fmt: skip
+    folder = data(cast(Kind, kind))
+    names = sorted(file.name for file in folder.iterdir())
+    if rest and rest not in names:
+        raise DataError(
+            f"the demo has no {kind} file {rest!r}", where=text,
+            next=f"{did_you_mean(rest, names)}available: {', '.join(names)}",
+        )  # fmt: skip
+    return folder / rest if rest else folder
 
 
 def recipe() -> Path:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from moezip import demo
-from moezip.errors import RecipeError, UsageError
+from moezip.errors import DataError, RecipeError, UsageError
 from moezip.recipe.shape import Action, Calibrate, Calibration, Evaluate, Job, Merge, Prune, Quantize, Recipe, Step
 from moezip.recipe.text import Loc, Places, parse, put
 from moezip.registry import did_you_mean, lookup, parse_params
@@ -278,24 +278,12 @@ def _files(paths: tuple[Path, ...], loc: Loc, places: Places) -> tuple[Path, ...
 
 
 def _file(path: Path, loc: Loc, places: Places) -> Path:
-    text = path.as_posix()
-    if text.startswith("demo:"):
-        kind, _, rest = text.removeprefix("demo:").partition("/")
-        if kind not in demo.KINDS:
-            raise RecipeError(
-                f"the demo has no text called {kind!r}",
-                where=places.where(loc),
-                next=f"{did_you_mean(kind, demo.KINDS)}available: {', '.join(demo.KINDS)}",
-            )
-        folder = demo.data(cast(demo.Kind, kind))
-        names = sorted(file.name for file in folder.iterdir())
-        if rest and rest not in names:
-            raise RecipeError(
-                f"the demo has no {kind} file {rest!r}",
-                where=places.where(loc),
-                next=f"{did_you_mean(rest, names)}available: {', '.join(names)}",
-            )
-        return folder / rest if rest else folder
+    try:
+        packaged = demo.named(path.as_posix())
+    except DataError as fault:
+        raise RecipeError(fault.what, where=places.where(loc), next=fault.next) from fault
+    if packaged is not None:
+        return packaged
     found = _absolute(path, loc, places)
     if not found.exists():
         raise RecipeError(
