@@ -286,7 +286,8 @@ class Model:
         """
         from moezip.export.readers import planned
         from moezip.pipeline.merge import MergeJob, decide_merge, prepare_merge, require_text
-        from moezip.pipeline.merge_steps import Decided, merge_after, seen_through
+        from moezip.pipeline.merge_steps import Decided, merge_after
+        from moezip.pipeline.onward import seen_through
         from moezip.pipeline.prune import write_plan
         from moezip.plan.packed import LayerFiles
 
@@ -298,7 +299,7 @@ class Model:
             method, keep, ratio, settings_of(settings), texts_of(data, tokens), _file_of(stats), weights or {}, scope,
             reader,
         )  # fmt: skip
-        prepared = prepare_merge(str(self.folder), job, self._common, seen_through(self._source, first))
+        prepared = prepare_merge(str(self.folder), job, self._common, seen_through(self._source, first, merging=True))
         taken = _taken(stats)
         if taken is None or prepared.looks:
             require_text(prepared, job)

@@ -359,9 +359,8 @@ def merge_command(
 ) -> Outcome:
     """``moezip merge``: calibrate (or load), group, solve, write, verify."""
     clock = Clock()
-    model = opened(checkpoint)
-    prepared = prepare_merge(checkpoint, job, common, seen_through(model, job.plan, merging=True))
-    source = model.source
+    prepared = prepare_merge(checkpoint, job, common)
+    source = prepared.model.source if job.plan is None else opened(checkpoint).source
     require_text(prepared, job)
     passes = prepared.method.reads_text and job.stats is None
     if plan_only:

@@ -314,9 +314,8 @@ def prune_command(
 ) -> Outcome:
     """``moezip prune``: calibrate (or load), plan, write, verify."""
     clock = Clock()
-    model = opened(checkpoint)
-    prepared = prepare_prune(checkpoint, job, common, seen_through(model, job.plan, job.values))
-    source = model.source
+    prepared = prepare_prune(checkpoint, job, common)  # what is wrong with the words comes before what is with files
+    source = prepared.model.source if job.plan is None else opened(checkpoint).source
     passes = prepared.method.reads_text and job.stats is None
     require_text(prepared, job)
     if plan_only:
