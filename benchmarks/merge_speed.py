@@ -3,7 +3,8 @@
     python benchmarks/merge_speed.py --work CACHE
 
 Random Qwen3-MoE checkpoints of 2 layers, hidden 1024, 32 and 128 experts of width 384, half of them merged away: by
-m-smoe without aligning neurons, with it, and with least squares, and by the other methods; pruning by REAP beside them.
+m-smoe with and without aligning neurons, with each way to make the router's rows and the merged experts, and by the
+other methods; pruning by REAP beside them.
 The peak is the system's own figure for the process (``ru_maxrss``); interpreter and libraries are inside.
 """
 
@@ -22,12 +23,19 @@ SHAPES = {
 }
 RUNS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("prune reap", "prune", ("--method", "reap")),
-    ("m-smoe, align=none", "merge", ("--method", "m-smoe", "--set", "align=none")),
-    ("m-smoe, align=weights", "merge", ("--method", "m-smoe", "--set", "align=weights")),
+    (
+        "m-smoe, dominant's row, neurons as they lie",
+        "merge",
+        ("--method", "m-smoe", "--set", "router=dominant", "--set", "align=none"),
+    ),
+    ("m-smoe, dominant's row", "merge", ("--method", "m-smoe", "--set", "router=dominant")),
+    ("m-smoe, fitted row", "merge", ("--method", "m-smoe", "--set", "router=sum")),
     ("m-smoe, least squares", "merge", ("--method", "m-smoe", "--set", "combine=least-squares")),
+    ("m-smoe, neurons", "merge", ("--method", "m-smoe", "--set", "combine=neurons")),
     ("hc-smoe", "merge", ("--method", "hc-smoe")),
     ("sub-moe", "merge", ("--method", "sub-moe")),
     ("dern", "merge", ("--method", "dern")),
+    ("mc-smoe", "merge", ("--method", "mc-smoe")),
 )
 
 
@@ -35,14 +43,20 @@ def main() -> None:
     parser = measure.options(__doc__)
     parser.add_argument("--tokens", type=int, default=8_192)
     parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--experts", type=int, nargs="+", default=[32, 128], choices=[32, 128])
+    parser.add_argument("--only", nargs="*", help="runs whose label holds one of these words")
     given = parser.parse_args()
     models.SHAPES.update(SHAPES)
     rows, values = [], []
     with measure.work_folder(given.work) as work:
         for name, shape in SHAPES.items():
+            if shape.experts not in given.experts:
+                continue
             folder = models.checkpoint(name, work)
             text = models.text(given.tokens, shape.vocabulary, work)
             for label, command, options in RUNS:
+                if given.only and not any(word in label for word in given.only):
+                    continue
                 out = work / "merged"
                 shutil.rmtree(out, ignore_errors=True)
                 words = measure.moezip(

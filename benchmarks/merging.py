@@ -55,6 +55,14 @@ PRUNES: tuple[tuple[str, str, dict[str, str], str], ...] = (
 )
 
 
+# Those that answer the questions: the best stock form of each method, and the best that moezip alone reads.
+ANSWER = (
+    DENSE, "m-smoe, fitted row", "m-smoe, least squares, fitted row", "m-smoe, neurons, fitted row",
+    "m-smoe, neurons, all rows", "hc-smoe, all rows", "sub-moe, all rows", "sub-moe, rank 0.8, all rows", "dern",
+    "mc-smoe, all rows", "reap", "easy-ep", "heapr",
+)  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="a folder, or the word demo")
@@ -65,6 +73,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16_384, help="calibration tokens")
     parser.add_argument("--heldout-tokens", type=int, default=2_048, help="of each held-out file")
     parser.add_argument("--questions", type=int, default=50, help="of each task file, the first ones")
+    parser.add_argument("--answering", action="store_true", help="only the plans that answer questions")
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--only", nargs="*", help="plans whose label holds one of these words")
     parser.add_argument("--stats", type=Path, metavar="FILE", help="statistics: taken from there, or left there")
@@ -88,6 +97,8 @@ def main() -> None:
         return [plan for plan in plans if not given.only or any(word in plan[0] for word in given.only)]
 
     merges, prunes = wanted(MERGES), wanted(PRUNES)
+    if given.answering:
+        merges, prunes = ([plan for plan in plans if plan[0] in ANSWER] for plans in (merges, prunes))
 
     def merging(method: str, settings: dict[str, str], scope: str, keep: int) -> tuple[Any, Any]:
         if method == "mc-smoe":
@@ -118,15 +129,16 @@ def main() -> None:
         tasks.append(Path(shorter.name) / file.name)
         tasks[-1].write_text("".join(file.read_text().splitlines(keepends=True)[: given.questions]))
 
-    def measured(view: Any) -> Any:
-        return evaluate(view, data=[given.heldout], tasks=tasks, tokens=given.heldout_tokens, seq_len=given.seq_len)
+    def measured(view: Any, label: str) -> Any:
+        answers = tasks if label in ANSWER else []
+        return evaluate(view, data=[given.heldout], tasks=answers, tokens=given.heldout_tokens, seq_len=given.seq_len)
 
     values: list[dict[str, Any]] = []
     if given.json is not None and given.json.is_file():
         values = json.loads(given.json.read_text())["merging"]
 
     def add(label: str, keep: int, view: Any, plan: Any, seconds: float) -> None:
-        found = measured(view)
+        found = measured(view, label)
         values.append({
             "keep": keep, "plan": label, "bytes": tensor_bytes(view), "loss": found.loss.nll,
             "tokens": found.loss.tokens, "losses": {name: loss.nll for name, loss in found.by_file.items()},
