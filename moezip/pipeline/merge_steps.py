@@ -129,8 +129,7 @@ def merge_after(
         stats = run_calibration(seen, job.texts, common, workdir=folder / "calibrate", **passing(prepared))
         notes = (OBSERVED,)
     plan, solved, more = make_merge_plan(prepared, job, stats, common, folder / "merge")
-    values = LayerFiles(solved.folder) if plan.solved else None
-    plan, values = joined(first, None, plan, values)
+    plan, values = joined(first, None, plan, LayerFiles(solved.folder) if plan.solved else None)
     return Decided(plan, values, stats, (*notes, *more))
 
 
