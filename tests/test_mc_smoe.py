@@ -230,6 +230,18 @@ def test_training_makes_the_error_smaller_and_moves_nothing_but_factors(tiny: Ti
     assert moved and all(name.endswith((LEFT, RIGHT, ROWS)) for name in moved)
 
 
+def test_the_predicted_rise_is_that_of_averages_and_factors(tiny: Tiny, cli: Cli, tmp_path: Path) -> None:
+    source, text = tiny("qwen3_moe"), write_text(tmp_path / "text.jsonl")
+    words = ("--keep", 6, "--data", text, "--set", "price=true", "--set", "router=dominant", "--json")
+    averages = cli("merge", source, tmp_path / "m", "--method", "m-smoe", *words)
+    factors = [
+        cli("merge", source, tmp_path / f"f{share}", "--method", "mc-smoe", "--set", f"share={share}", *words)
+        for share in (0.3, 0.6)
+    ]
+    thin, thick = (answer.json["predicted_nats"] for answer in factors)
+    assert thin > thick > averages.json["predicted_nats"] > 0
+
+
 def test_readers_without_moezip_are_refused_before_any_text_is_read(tiny: Tiny, cli: Cli, tmp_path: Path) -> None:
     answer = cli(
         "merge", tiny("qwen3_moe"), tmp_path / "out", "--method", "mc-smoe", "--keep", 6, "--data", tmp_path / "none",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import permutations
@@ -15,6 +16,7 @@ import torch
 
 from moezip.arch.decoded import decoded
 from moezip.arch.families import identify
+from moezip.arch.spec import LayerFacts
 from moezip.calibrate.hidden import HiddenStates
 from moezip.calibrate.moments import ExpertInputs
 from moezip.calibrate.stream import Stream
@@ -23,6 +25,7 @@ from moezip.errors import UsageError
 from moezip.merge import align
 from moezip.merge.layer import MergeLayer, averages
 from moezip.merge.params import MergeParams
+from moezip.pipeline.merge_estimate import align_bytes, align_seconds
 from moezip.plan.merged import average
 from tests.copies import copies, reordered, shuffled, with_experts
 from tests.test_laws import REORDERED, largest_difference, plain_rows, streamed_logits
@@ -317,3 +320,21 @@ def test_none_is_none_and_nonsense_is_refused(tiny: Tiny) -> None:
     assert align.orders(layer, MergeParams(align="none")) == {}
     with pytest.raises(UsageError, match="projection"):
         MergeParams(projection=0)
+
+
+def test_the_cost_of_wide_experts_is_foretold() -> None:
+    """Per layer: members x (products of rows + an assignment that grows with the cube), in parts above the limit."""
+    narrow = LayerFacts(layer=0, experts=128, top_k=8, hidden=2048, width=768)
+    wide = replace(narrow, experts=8, top_k=2, hidden=4096, width=14336)
+    rate = 1e12
+    one = align_seconds(wide, 7, MergeParams(), rate)
+    assert align_seconds(wide, 4, MergeParams(), rate) == pytest.approx(4 * one)
+    assert align_seconds(narrow, 128, MergeParams(), rate) == 0
+    assert align_seconds(narrow, 127, MergeParams(), rate) < one
+    # without parts the assignment alone would take (14336 / 2048)^3 times a quarter of a second
+    assert one < 0.24 * 7**3 / (os.cpu_count() or 1)
+    # and on whole rows in place of projections the products would be six times as many
+    assert align_seconds(wide, 7, MergeParams(projection=3 * 4096), rate) > one
+    assert align_bytes(wide, MergeParams()) < 4 * 14336 * 14336 * (
+        os.cpu_count() or 1
+    )  # no float32 matrix of all pairs

@@ -18,6 +18,7 @@ from moezip.calibrate.experts import expert_output
 from moezip.calibrate.statistics import Domain, Statistics
 from moezip.checkpoint.reader import Checkpoint
 from moezip.errors import MoezipError, UsageError
+from moezip.formats.factors import LEFT, RIGHT
 from moezip.merge.combine import combined
 from moezip.merge.layer import Merge, MergeLayer, averages
 from moezip.merge.least_squares import merged_expert, towards
@@ -28,6 +29,7 @@ from moezip.merge.selection import chosen_neurons, pursuit
 from moezip.merge.sub_moe import SubMoeParams
 from moezip.merge.truncate import truncated, truncated_expert
 from moezip.pipeline.merge import mixed_scored
+from moezip.plan.merged import factor_value
 from moezip.plan.plan import Part, Pick
 from tests.command import Cli
 from tests.test_merge_align import KINDS, layer_of, seen_by
@@ -343,6 +345,23 @@ def test_the_note_and_the_price(tiny: Tiny) -> None:
     unseen = Merge(found.picks, "kept")
     priced(replace(layer, inputs=None), unseen)
     assert unseen.nats is None and unseen.notes == ()
+
+
+def test_factors_are_part_of_the_change(tiny: Tiny) -> None:
+    """An expert that stays by itself, but is stored as factors, is changed by what they leave out; others are not."""
+    layer = looked_at(tiny("qwen3_moe", dtype="float32"), tuple((e,) for e in range(8)))
+    found = Merge(averages(layer.groups, layer.usage("mean"), {}), "kept")
+    thin: dict[Any, torch.Tensor] = {}
+    for role in layer.roles:
+        u, s, v = torch.linalg.svd(layer.matrix(1, role), full_matrices=False)
+        left, right = u[:, :4] * s[:4], v[:4]
+        thin[role] = left @ right
+        for suffix, value in ((LEFT, left), (RIGHT, right)):
+            found.values[factor_value(layer.facts.layer, 1, role, suffix)] = value
+    changes = {change.expert: change for change in changes_of(layer, found)}
+    assert all(not change.channels.any() for expert, change in changes.items() if expert != 1)
+    total = changes[1].mass * changes[1].channels.sum()
+    assert total == pytest.approx(objective(layer, Pick.keep(1), thin), rel=ROUNDED) and total > 0
 
 
 def test_scored_tokens_of_a_mixture_by_hand() -> None:
