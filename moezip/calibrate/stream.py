@@ -341,21 +341,34 @@ class Stream:
             self.call(index, rows.ids[start:stop], mask, states.read(start, stop).to(self.device))
             return start, stop, seen(start, stop)
 
-        # no experts run, which would be faster on more tokens: temporaries are small enough to be used again at once
-        few = MAPPED_FROM // 2 // (4 * int(self.skeleton.config.hidden_size)) // rows.ids.shape[1]
-        for _, found in self.side_by_side_results(rows, step, few):
+        # no experts run, which would be faster on more tokens
+        for _, found in self.side_by_side_results(rows, step, self.few_rows(rows)):
             yield found
 
-    def advance(self, index: int, rows: Rows, states: HiddenStates, capture: Capture | None = None) -> None:
-        """Takes the hidden states through one loaded layer."""
-        self._layer(index, rows, states, capture)
+    def few_rows(self, rows: Rows, tokens: int = 1) -> int:
+        """Rows of a micro-batch whose temporaries are small enough to be used again at once, but ``tokens`` at least."""
+        few = MAPPED_FROM // 2 // (4 * int(self.skeleton.config.hidden_size))
+        return max(few, tokens) // rows.ids.shape[1]
 
-    def _layer(self, index: int, rows: Rows, states: HiddenStates, capture: Capture | None) -> None:
-        """One layer over all micro-batches, several at a time; what was seen is added in their order."""
+    def advance(
+        self,
+        index: int,
+        rows: Rows,
+        states: HiddenStates,
+        capture: Capture | None = None,
+        most: int | None = None,
+    ) -> None:
+        """Takes the hidden states through one loaded layer.
+
+        Micro-batches run several at a time; what was seen is added in their order.
+
+        Args:
+            most: as of ``steps``.
+        """
         def step(start: int, stop: int) -> list[dict[str, Array]]:
             return self._step(index, rows, states, start, stop, capture)
 
-        for domain, found in self.side_by_side_results(rows, step):
+        for domain, found in self.side_by_side_results(rows, step, most):
             for seen in found:
                 if capture is not None:
                     capture.add(index, domain, seen)

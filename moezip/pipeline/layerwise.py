@@ -45,6 +45,8 @@ POOL_TOKENS = 4096
 POOL_BELOW = 8
 # Each of these experts makes inputs of its down projection for as many of them as this times its input size.
 POOL_INNER = 4
+# So many tokens of a micro-batch at least, on average, go to each expert: the weights of one are read for all of them.
+EXPERT_TOKENS = 128
 # What lies between freed blocks of several threads adds up over the layers: 3 MB a layer (measured, 16 layers of 32
 # experts). It is handed back after so many, as pages that are used again cost time.
 TRIM_EVERY = 4
@@ -215,7 +217,7 @@ class Layerwise:
                 if self.original:
                     self.stream.free_layer(index)
                     self.stream.load_layer(index)
-                self.stream.advance(index, self.rows, states)
+                self.stream.advance(index, self.rows, states, most=self._rows_at_once(index))
                 self.stream.free_layer(index)
                 if index % TRIM_EVERY == TRIM_EVERY - 1:
                     give_back()
@@ -226,6 +228,11 @@ class Layerwise:
     def _tick(self, count: int = 1) -> None:
         self._done += count
         self.watch(Progress("quantize", self._done, len(self.packing), "matrices"))
+
+    def _rows_at_once(self, index: int) -> int:
+        """Rows of a micro-batch: few, as fresh memory for the temporaries of many costs more than it saves."""
+        facts = self._facts.get(index)
+        return self.stream.few_rows(self.rows, EXPERT_TOKENS * facts.experts // facts.top_k if facts else 1)
 
     # -- names ----------------------------------------------------------------------------------------------
 

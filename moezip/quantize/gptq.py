@@ -161,7 +161,9 @@ def solve(weight: torch.Tensor, hessian: torch.Tensor | Factor | None, grid: Gri
         codes, groups, change = improve(values, ready.hessian, ready.damping, codes, groups, passes)
         errors += change
     # the damping's own share of the error is nobody's output
-    errors -= ready.damping * np.square((groups.values(codes) - values).astype(np.float64)).sum(1)
+    moved = groups.values(codes)
+    moved -= values
+    errors -= ready.damping * np.einsum("ij,ij->i", moved, moved)
     return Solution(groups.codes(codes), torch.from_numpy(np.maximum(errors, 0)), ready.share, ready.raised)
 
 
