@@ -15,9 +15,9 @@ PRODUCTS = "16"
 # Blocks from this size on are mapped and given back one by one. Left alone, glibc raises its own limit to 32 MiB as
 # blocks are freed, and the heaps of several threads then keep what they once held: 100 MB on the reference model.
 MAPPED_FROM = 4 * 2**20
-# With a limit of ours for mapped blocks, glibc keeps to 128 KiB of free memory at the end of a heap: temporaries of a few
-# MiB then come from the system and go back to it again and again. 8 MiB for each thread's heap is little, and spares
-# most of that (measured, 4-bit GPTQ of 4 layers: 780,000 page faults before, 280,000 after).
+# With a limit of ours for mapped blocks, glibc keeps no more than 128 KiB free at the end of a heap: temporaries of a
+# few MiB then come from the system and go back to it again and again. 8 MiB for each thread's heap is little, and
+# spares most of that (measured, 4-bit GPTQ of 4 layers: 780,000 page faults before, 280,000 after).
 KEPT_FREE = 2 * MAPPED_FROM
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
