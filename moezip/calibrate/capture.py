@@ -108,7 +108,7 @@ class Capture:
                 sums[record.name] += seen[record.name]
 
     def _observation(self, facts: LayerFacts) -> Observation:
-        routed = self._routed
+        routed, entry = self._routed, self.architecture
         ids, gates, norms = routed.ids, routed.gates.float(), routed.norms
         logits = self._inside.logits.reshape(ids.shape[0], -1).float()
         stream = self._inside.stream.reshape(ids.shape[0], -1)
@@ -118,7 +118,7 @@ class Capture:
         if routed.valid is not None:
             keep = routed.valid
             ids, gates, norms, logits, change = ids[keep], gates[keep], norms[keep], logits[keep], change[keep]
-        return Observation(facts.experts, ids, gates, norms, change, peaks, logits, block)
+        return Observation(facts.experts, ids, gates, norms, change, peaks, logits, block, entry.scoring)
 
     def _again(self, facts: LayerFacts) -> Block:
         """The layer, to run parts of it again on the real tokens of this micro-batch."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from moezip.arch.spec import LayerFacts
+from moezip.arch.spec import LayerFacts, Scoring
 from moezip.registry import lookup
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class Observation:
         peaks: [E] float32, largest |output| component of each expert, 0 where none was routed.
         logits: [T, E] float32, the router's raw output.
         block: the layer itself, with its inputs; there only if a record asked for it.
+        scoring: what the model's router makes of its logits.
     """
 
     experts: int
@@ -46,6 +47,7 @@ class Observation:
     peaks: torch.Tensor
     logits: torch.Tensor
     block: Block | None = None
+    scoring: Scoring = "softmax"
 
     def per_expert(self, values: torch.Tensor | None) -> torch.Tensor:
         """[E] float64: the sum of ``values`` [T, k] over the tokens routed to each expert (counts for None)."""
@@ -95,9 +97,23 @@ def _gram(seen: Observation) -> torch.Tensor:
     return logits.T @ logits
 
 
+def _probability(seen: Observation) -> torch.Tensor:
+    import torch
+
+    every = torch.sigmoid(seen.logits) if seen.scoring == "sigmoid" else torch.softmax(seen.logits, dim=-1)
+    return seen.per_expert(every.gather(1, seen.ids.long()))
+
+
 RECORDS: tuple[Record, ...] = (
     Record("counts", "tokens routed to each expert", "sum", _vector, lambda o: o.per_expert(None)),
     Record("gate_sum", "sum of gate weights", "sum", _vector, lambda o: o.per_expert(o.gates)),
+    Record(
+        "probability_sum",
+        "sum of the router's probability among all experts, before any renormalising or scaling of gates",
+        "sum",
+        _vector,
+        _probability,
+    ),
     Record("norm_sum", "sum of output norms", "sum", _vector, lambda o: o.per_expert(o.norms)),
     Record(
         "gate_norm_sum", "sum of gate weight x output norm", "sum", _vector, lambda o: o.per_expert(o.gates * o.norms)

@@ -346,7 +346,7 @@ class Stream:
             yield found
 
     def few_rows(self, rows: Rows, tokens: int = 1) -> int:
-        """Rows of a micro-batch whose temporaries are so small that their memory is used again, or ``tokens`` if more."""
+        """Rows of a micro-batch whose temporaries are so small that their memory is used again, or ``tokens``."""
         few = MAPPED_FROM // 2 // (4 * int(self.skeleton.config.hidden_size))
         return max(few, tokens) // rows.ids.shape[1]
 

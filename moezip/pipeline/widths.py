@@ -304,8 +304,8 @@ class Chooser:
         found = {}
         for fact in self.model.facts:
             named = [domain.layers[fact.layer] for domain in stats.domains]
-            counts, gates = (np.sum([each[key] for each in named], axis=0) for key in ("counts", "gate_sum"))
-            found[fact.layer] = costs(counts, gates, table.losses[fact.layer], self.wanted.params)
+            counts, weights = (np.sum([each[key] for each in named], axis=0) for key in ("counts", "probability_sum"))
+            found[fact.layer] = costs(counts, weights, table.losses[fact.layer], self.wanted.params)
         return found
 
     def _pmq(self, cost: Mapping[int, Any], table: PriceTable) -> Widths:
@@ -330,8 +330,6 @@ class Chooser:
             f"experts: {np.mean(list(bits.values())):.3f} bits of codes on average, "
             f"{8 * stored / sum(matrix.weights for matrix in experts):.3f} stored bits per weight"
         )
-        if self.model.architecture.gates_renormalised(self.model.source.config):
-            line += "; gate weights are those after renormalising, where the paper takes them before"
         return replace(widths, lines=(*widths.lines, line))
 
     def _scores(self) -> dict[str, float]:

@@ -67,9 +67,8 @@ def costs(counts: Array, gates: Array, losses: Array, params: PmqParams) -> Arra
 
     Args:
         counts: [E] n, tokens routed to each expert.
-        gates: [E] w, over those tokens the sum of the router's probability, in the paper before it is renormalised over
-            the chosen experts. The recorded ``gate_sum`` is that where the model does not renormalise; else it is the
-            sum of renormalised gates, which the caller should say.
+        gates: [E] w, over those tokens the sum of the router's probability among all experts, before it is renormalised
+            over the chosen ones (the record ``probability_sum``).
         losses: [E, 3] eps at 1, 2, 3 bits: sum over batches of the norm (not squared) of the change of the block's
             output if that expert alone is rounded to nearest.
 
