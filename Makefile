@@ -31,7 +31,7 @@ demo: .venv/installed
 test: .venv/installed
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -q -n $(WORKERS) $(ARGS)
 
-# The C++ kernels under the address and undefined-behaviour sanitizers; needs g++. A quarter of a minute.
+# The C++ kernels under the address and undefined-behaviour sanitizers; needs g++. Two minutes of processor time.
 sanitize: .venv/installed
 	$(PY) -m tests.sanitize
 

@@ -67,7 +67,7 @@ def exercise_products(library: Native) -> int:
             products.codes(laid, threads=3, library=library)
             for dtype in ("float32", "bfloat16"):
                 products.plain(laid, dtype=dtype, threads=3, library=library)
-            for tokens in (1, 2, 5, 9):
+            for tokens in (1, 2, 5, 9, 35):
                 x = np.ones((tokens, columns), np.float32)
                 for given in (x, packed.rounded(x)):
                     products.linear(laid, given, threads=3, library=library)
@@ -75,7 +75,7 @@ def exercise_products(library: Native) -> int:
                     calls += 2
             calls += 4
     table, _ = packed.layer(library)
-    for tokens in (1, 5, 33):
+    for tokens in (1, 5, 33, 90):
         x, ids, chosen = packed.routed(tokens)
         for given in (x, packed.rounded(x)):
             for gate in products.GATES:

@@ -142,6 +142,18 @@ def test_products(bits: int, halves: bool, library: Any) -> None:
             assert close(found, whole @ made.weight.T, BF16 + TIES if halves else TIES)
 
 
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_more_tokens_than_are_taken_at_once(bits: int, library: Any) -> None:
+    """Of bf16, 8 in vectors and 32 in tiles; whatever is left over."""
+    chance = np.random.default_rng(2)
+    for rows, columns, group in ((48, 256, 128), (33, 96, 32), (17, 66, 11)):
+        made = case(library, rows, columns, group, bits)
+        for tokens in (16, 17, 32, 33, 50):
+            given = rounded(chance.standard_normal((tokens, columns)))
+            wanted = floats(given).astype(np.float64) @ made.weight.T
+            assert close(products.linear(made.laid, given, threads=2, library=library), wanted, BF16)
+
+
 def test_a_product_by_hand(library: Any) -> None:
     # scale 0.5, zero 1: codes (0, 3) are (-0.5, 1); scale 2, zero 2: (1, 2) are (-2, 0). x = (4, 1), bias (10, 20):
     # 4 * -0.5 + 1 + 10 = 9 and 4 * -2 + 0 + 20 = 12
@@ -256,7 +268,7 @@ def routed(tokens: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarr
 @pytest.mark.parametrize("gate", list(products.GATES))
 def test_a_layer(gate: str, library: Any) -> None:
     table, plain = layer(library)
-    for tokens in (1, 3, 20):
+    for tokens in (1, 3, 20, 90):
         x, ids, weights = routed(tokens)
         for given in (x, rounded(x)):
             halves = given.dtype == np.uint16

@@ -105,7 +105,7 @@ def model(tiny: Tiny, tmp_path: Path) -> Any:
 
 
 def test_experts_with_many_tokens_are_decoded(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast, "CROSSOVER", {torch.bfloat16: 32})
+    monkeypatch.setattr(fast, "crossover", {torch.bfloat16: 32}.get)
     module = experts_of(model)[0]
     given = routed(module, 150, torch.bfloat16)
     given[1][:100] = torch.tensor([1, 2])  # these two have more than 32 tokens whatever the others have
@@ -123,7 +123,7 @@ def test_experts_with_many_tokens_are_decoded(model: Any, monkeypatch: pytest.Mo
 
 
 def test_linears_with_many_tokens_are_decoded(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast, "CROSSOVER", {torch.bfloat16: 32})
+    monkeypatch.setattr(fast, "crossover", {torch.bfloat16: 32}.get)
     one = next(module for module in model.modules() if isinstance(module, PackedLinear))
     x = torch.randn(3, 40, one.columns, dtype=torch.bfloat16)
     found = one(x)

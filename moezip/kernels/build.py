@@ -32,7 +32,10 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "avx2": _AVX2,
     "avx512": _AVX512,
     "avx512bf16": (*_AVX512, "-mavx512bf16", "-mavx512vnni"),
+    "amx": (*_AVX512, "-mavx512bf16", "-mavx512vnni", "-mamx-tile", "-mamx-bf16"),
 }
+# Left out where the compiler does not know the flags (g++ before 11).
+OPTIONAL = "amx"
 
 
 class BuildError(Exception):
@@ -100,10 +103,16 @@ def build(target: Path, extra: Sequence[str] = ()) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as folder:
             work = Path(folder)
+            sets = dict(variants())
+            if OPTIONAL in sets:
+                if _knows(tool, sets[OPTIONAL], work):
+                    define.append("-DMOEZIP_AMX")
+                else:
+                    del sets[OPTIONAL]
             jobs = [
                 [tool, *FLAGS, *flags, *extra, f"-DMOEZIP_ISA={name}", "-c", SOURCES / "variant.cpp", "-o",
                  work / f"{name}.o"]
-                for name, flags in variants().items()
+                for name, flags in sets.items()
             ]  # fmt: skip
             jobs.append([tool, *FLAGS, *extra, *define, "-c", SOURCES / "library.cpp", "-o", work / "library.o"])
             with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -113,6 +122,13 @@ def build(target: Path, extra: Sequence[str] = ()) -> None:
             os.replace(work / "library", target)
     except OSError as error:
         raise BuildError(f"{error.strerror or error}: {error.filename or target}") from error
+
+
+def _knows(tool: str, flags: Sequence[str], work: Path) -> bool:
+    """Whether the compiler takes the flags."""
+    empty = work / "empty.cpp"
+    empty.touch()
+    return not subprocess.run([tool, *flags, "-fsyntax-only", str(empty)], capture_output=True).returncode
 
 
 def _run(command: Sequence[str | Path]) -> None:

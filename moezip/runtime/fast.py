@@ -17,12 +17,16 @@ import numpy as np
 import torch
 
 from moezip.formats.packed import PACKED, SCALE, SHAPE, STEP, ZERO, Grid, pack, torch_dtype, unpack
-from moezip.kernels import products
+from moezip.kernels import products, status
 from moezip.kernels.products import Laid
 
 # Tokens of one expert, or of a dense layer, from which on decoding and torch's own product in bf16 are faster.
-# Measured: at 128 the kernels take 1.4 times as long as that product alone. In fp32 they are faster for any number.
+# Measured: at 128 the kernels take 1.4 times as long as that product alone (Zen 5). In fp32 they are faster for any
+# number.
 CROSSOVER = {torch.bfloat16: 256, torch.float16: 256}
+# The same on a processor with a matrix unit for bf16 (AMX), which both then use: at 256 tokens the kernels take 1.5 times
+# as long as that product, which with decoding takes 1.8 times as long.
+CROSSOVER_AMX = {torch.bfloat16: 512}
 
 _told: set[str] = set()
 
@@ -118,6 +122,12 @@ def can_run(value: torch.Tensor) -> bool:
     else:
         tell(f"activations are {value.dtype}")
     return False
+
+
+def crossover(dtype: torch.dtype) -> int | None:
+    """Tokens from which on matrices are better decoded; None: never."""
+    usual = CROSSOVER.get(dtype)
+    return CROSSOVER_AMX.get(dtype, usual) if usual and status().isa == "amx" else usual
 
 
 def linear(matrix: products.Linear, value: torch.Tensor, activations: str) -> torch.Tensor:

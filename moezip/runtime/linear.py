@@ -200,8 +200,8 @@ class PackedLinear(Packed):
             found = gpu.linear_forward(self, value)
             return packed_rows(value, [self], self.bias) if found is None else found
         if (self.matrix is not None or self.lay_out()) and fast.can_run(value):
-            tokens = value.numel() // self.columns
-            if self.activations == "int8" or tokens < fast.CROSSOVER.get(value.dtype, tokens + 1):
+            most = fast.crossover(value.dtype)
+            if self.activations == "int8" or most is None or value.numel() // self.columns < most:
                 assert self.matrix is not None
                 return fast.linear(self.matrix, value, self.activations)
         return packed_rows(value, [self], self.bias)
@@ -315,7 +315,7 @@ class PackedExperts(RaggedExperts):
 
     def _crowded(self, ids: torch.Tensor, dtype: torch.dtype) -> frozenset[int]:
         """Experts with so many tokens that they are faster decoded."""
-        most = fast.CROSSOVER.get(dtype)
+        most = fast.crossover(dtype)
         if most is None or self.activations == "int8" or ids.shape[0] < most:
             return frozenset()
         counts = torch.bincount(ids.flatten(), minlength=self.num_experts)[: self.num_experts].tolist()

@@ -166,7 +166,7 @@ struct Kernels {
   int (*moment_panel)(const Moment&, int64_t first, int64_t last);  // panels
   int (*moment_block)(const Moment&, int64_t first, int64_t last);  // rows of blocks, by panel
   bool halves, bytes;  // are there products of bf16 as it is, and of whole numbers
-  int tokens_at_once;  // most tokens of one call of product, a power of two; the others are its smaller ones
+  int (*take)(int path, int64_t left);  // how many of the tokens that are left the next product takes, at most 32
   void (*prepare)(const Prepare&, int64_t first, int64_t last);  // tokens
   // out [blocks, tokens, 16] of one or two blocks
   void (*product)(const Matrix&, int path, int tokens, int64_t block, int blocks, const Token*, float* out);

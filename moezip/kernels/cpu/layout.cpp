@@ -1,5 +1,5 @@
 // From the layout on disk to the one of products (kernels.h) and back to codes, and to plain numbers.
-#include "simd.h"
+#include "decode.h"
 
 #if defined(__BMI2__)
 #include <immintrin.h>

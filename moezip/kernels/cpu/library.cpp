@@ -15,6 +15,14 @@
 #include <thread>
 #include <vector>
 
+#if defined(MOEZIP_AMX)
+#include <cpuid.h>
+#endif
+#if defined(MOEZIP_AMX) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #define MOEZIP_API extern "C" __attribute__((visibility("default")))
 
 namespace moezip {
@@ -32,9 +40,33 @@ extern const Kernels kernels;
 namespace avx512bf16 {
 extern const Kernels kernels;
 }
-static const Kernels* const SETS[] = {&baseline::kernels, &avx2::kernels, &avx512::kernels, &avx512bf16::kernels};
+#if defined(MOEZIP_AMX)
+namespace amx {
+extern const Kernels kernels;
+}
+#endif
+static const Kernels* const SETS[] = {
+    &baseline::kernels, &avx2::kernels, &avx512::kernels, &avx512bf16::kernels,
+#if defined(MOEZIP_AMX)
+    &amx::kernels,
+#endif
+};
 #else
 static const Kernels* const SETS[] = {&baseline::kernels};
+#endif
+
+#if defined(MOEZIP_AMX)
+// Whether there are tiles of bf16, and Linux lets the process use them, which has to be asked for.
+static bool has_tiles() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
+  constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, TILE_DATA = 18;
+  return !syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, TILE_DATA);
+#else
+  return false;
+#endif
+}
 #endif
 
 static int best() {
@@ -44,7 +76,11 @@ static int best() {
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) return 3;
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+#if defined(MOEZIP_AMX)
+  if (bf16 && has_tiles()) return 4;
+#endif
+  if (bf16) return 3;
   if (avx512) return 2;
   if (avx2) return 1;
 #endif

@@ -60,14 +60,13 @@ struct Prepared {
   }
 };
 
-constexpr int MOST_TOKENS = 16;
+constexpr int MOST_TOKENS = 32;
 
 // Calls take(first, some) over `count` tokens, as many at once as products take.
 template <class Take>
-static void in_products(const Kernels& use, int64_t count, const Take& take) {
+static void in_products(const Kernels& use, int path, int64_t count, const Take& take) {
   for (int64_t first = 0; first < count;) {
-    int some = use.tokens_at_once;
-    while (some > count - first) some /= 2;
+    const int some = use.take(path, count - first);
     take(first, some);
     first += some;
   }
@@ -110,7 +109,7 @@ static int linear(const Kernels& use, int threads, const Matrix& m, int path, co
     for (int64_t pair = first; pair < last; ++pair) {
       const int64_t block = PAIR * pair;
       const int blocks = blocks_of(m) - block < PAIR ? 1 : PAIR;
-      in_products(use, tokens, [&](int64_t from, int some) {
+      in_products(use, path, tokens, [&](int64_t from, int some) {
         for (int t = 0; t < some; ++t) some_tokens[t] = prepared.token(from + t);
         use.product(m, path, some, block, blocks, some_tokens, y);
         for (int i = 0; i < blocks; ++i) {
@@ -210,7 +209,7 @@ static int experts(const Kernels& use, int threads, const Layer& job) {
       const Visit& visit = visits[number];
       const int64_t block = PAIR * (item - visit.item);
       const int blocks = blocks_of(visit.matrices[0]) - block < PAIR ? 1 : PAIR;
-      in_products(use, visit.count, [&](int64_t from, int some) {
+      in_products(use, path, visit.count, [&](int64_t from, int some) {
         for (int which = 0; which < 2; ++which) {
           const Matrix& m = visit.matrices[which];
           for (int t = 0; t < some; ++t)
@@ -254,7 +253,7 @@ static int experts(const Kernels& use, int threads, const Layer& job) {
       if (!visit.matrices[0].rows && !constant) continue;
       for (int64_t block = PAIR * first; BLOCK_ROWS * block < end; block += PAIR) {
         const int blocks = end - BLOCK_ROWS * block <= BLOCK_ROWS ? 1 : PAIR;
-        in_products(use, visit.count, [&](int64_t from, int some) {
+        in_products(use, path, visit.count, [&](int64_t from, int some) {
           if (!constant) {
             for (int t = 0; t < some; ++t) tokens[t] = between.token(visit.first + from + t);
             use.product(m, path, some, block, blocks, tokens, y);

@@ -4,6 +4,7 @@
 #include "descent.cpp"
 #include "factor.cpp"
 #include "moment.cpp"
+#include "activations.cpp"
 #include "product.cpp"
 #include "layout.cpp"
 
@@ -16,7 +17,7 @@ namespace MOEZIP_ISA {
 extern const Kernels kernels;
 const Kernels kernels = {MOEZIP_TEXT(MOEZIP_ISA), TILE,    PANEL, EXACT_HALVES, gptq,   clip,
                          factor,                  descend, round, pack,         unpack, dequantize,
-                         moment_panel,            moment_block, HALVES_TOO, BYTES_TOO, TOKENS_AT_ONCE, prepare, product,
+                         moment_panel,            moment_block, HALVES_TOO, BYTES_TOO, take, prepare, product,
                          gate,                    relay,   unrelay, plain};
 
 }  // namespace MOEZIP_ISA
