@@ -2,10 +2,11 @@
 
     python benchmarks/products.py [--threads 1 2] [--isa avx2]
 
-One matrix is [768, 2048], group 128; there are so many copies of it that each call's comes from memory, not from a
-cache. Beside it stand torch's ``F.linear`` in bf16 and its ``_weight_int4pack_mm_for_cpu``, and how fast the machine
-reads memory (a sum over 256 MiB in the same run). A layer has the shape of Qwen3-30B-A3B: 128 experts of [768, 2048],
-8 per token, chosen at random; beside it stands the stock experts module of transformers in bf16, as it runs by default.
+One matrix is [768, 2048], group 128; there are so many copies of it, twice the last cache at least, that each call's
+comes from memory. Beside it stand torch's ``F.linear`` in bf16 and its ``_weight_int4pack_mm_for_cpu``, and how fast
+the machine reads memory (torch's sum over as many bytes, in the same run). A layer has the shape of Qwen3-30B-A3B: 128
+experts of [768, 2048], 8 per token, chosen at random; beside it stands the stock experts module of transformers in
+bf16, as it runs by default.
 
 All in turns; the values are the best of many short runs, because others use the machine: processor time of one thread,
 wall time of several. Markdown.
@@ -31,7 +32,8 @@ from moezip.runtime import fast
 
 ROWS, COLUMNS, GROUP = 768, 2048, 128
 EXPERTS, TOP_K = 128, 8
-POOL = 128 * measure.MIB  # of weights that calls take in turns: four times the cache
+CACHE = os.sysconf("SC_LEVEL3_CACHE_SIZE") if "SC_LEVEL3_CACHE_SIZE" in os.sysconf_names else 0
+POOL = max(128 * measure.MIB, 2 * CACHE)  # of weights that calls take in turns
 TOKENS = (1, 4, 16, 64, 128)
 
 Work = Callable[[], object]
@@ -80,15 +82,18 @@ def best(work: Sequence[Work], threads: int, seconds: float) -> float:
 
 def reading(threads: int) -> float:
     """Bytes per second."""
-    memory = torch.ones(32 * measure.MIB, dtype=torch.int64)
-    return memory.nbytes / best([memory.sum], threads, 0.6)
+    memory = products.memory(POOL)  # of huge pages, as the codes are
+    memory[:] = 0
+    parts = torch.from_numpy(memory.view(np.float32)).split(16 * measure.MIB // 4)
+    return parts[0].nbytes / best([part.sum for part in parts], threads, 0.6)
 
 
 def one_matrix(threads: int, seconds: float, library: Any) -> tuple[list[tuple[str, ...]], dict[str, Any]]:
     chance = np.random.default_rng(0)
     bandwidth = reading(threads)
     x = torch.randn(1, COLUMNS).bfloat16()
-    dense = [torch.randn(ROWS, COLUMNS).bfloat16() for _ in range(POOL // (2 * ROWS * COLUMNS))]
+    drawn = torch.randn(ROWS, COLUMNS).bfloat16()
+    dense = [drawn.clone() for _ in range(POOL // drawn.nbytes)]
     plain = best([partial(F.linear, x, each) for each in dense], threads, seconds)
     del dense
     packed = [
@@ -105,7 +110,7 @@ def one_matrix(threads: int, seconds: float, library: Any) -> tuple[list[tuple[s
     out = np.empty((1, ROWS), np.float32)
     for bits in range(1, 9):
         first = matrix(ROWS, COLUMNS, bits, chance)
-        calls = [products.Linear(each, library) for each in copies(first, min(400, POOL // first.nbytes))]
+        calls = [products.Linear(each, library) for each in copies(first, POOL // first.nbytes)]
         for name, activations, halves in (
             ("exact bf16", "exact", True),
             ("exact fp32", "exact", False),
@@ -198,12 +203,14 @@ def main() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "OMP_NUM_THREADS": most})
     torch.set_grad_enabled(False)
     library = native.find(given.isa)
+    measure.say(f"cache: {CACHE // measure.MIB} MiB")
     measure.say(f"kernels: {library.isa}, of {kernels.status().why}")
     values: dict[str, Any] = {"isa": library.isa}
     for threads in given.threads:
         torch.set_num_threads(threads)
         rows, found = one_matrix(threads, given.seconds, library)
-        print(f"{threads} threads, {library.isa}; memory is read at {found['bandwidth'] / 1e9:.1f} GB/s\n")
+        print(f"{threads} threads, {library.isa}; memory is read at {found['bandwidth'] / 1e9:.1f} GB/s, "
+              f"{POOL // measure.MIB} MiB of weights in turns\n")
         head = ("[768, 2048], 1 token", "us", "torch bf16 x", "int4pack x", "of bandwidth")
         print(measure.table(head, rows), end="\n\n", flush=True)
         values[f"{threads} threads"] = found
