@@ -6,7 +6,7 @@ One matrix is [768, 2048], group 128; there are so many copies of it, twice the 
 comes from memory. Beside it stand torch's ``F.linear`` in bf16 and its ``_weight_int4pack_mm_for_cpu``, and how fast
 the machine reads memory (torch's sum over as many bytes, in the same run). A layer has the shape of Qwen3-30B-A3B: 128
 experts of [768, 2048], 8 per token, chosen at random; beside it stands the stock experts module of transformers in
-bf16, as it runs by default.
+bf16, as it runs by default. First come errors against float64, and how fast codes are laid out.
 
 All in turns; the values are the best of many short runs, because others use the machine: processor time of one thread,
 wall time of several. Markdown.
@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import measure
@@ -32,7 +33,8 @@ from moezip.runtime import fast
 
 ROWS, COLUMNS, GROUP = 768, 2048, 128
 EXPERTS, TOP_K = 128, 8
-CACHE = os.sysconf("SC_LEVEL3_CACHE_SIZE") if "SC_LEVEL3_CACHE_SIZE" in os.sysconf_names else 0
+LAST_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")  # Linux: "307200K"
+CACHE = 1024 * int(LAST_CACHE.read_text().strip().rstrip("K")) if LAST_CACHE.exists() else 0
 POOL = max(128 * measure.MIB, 2 * CACHE)  # of weights that calls take in turns
 TOKENS = (1, 4, 16, 64, 128)
 
@@ -134,6 +136,44 @@ def one_matrix(threads: int, seconds: float, library: Any) -> tuple[list[tuple[s
     return rows, values
 
 
+def errors(library: Any) -> tuple[list[tuple[str, ...]], dict[str, Any]]:
+    """Deviations from float64, as a share of that of the results; and how fast packed bytes are laid out, on a core."""
+    chance = np.random.default_rng(0)
+    rows: list[tuple[str, ...]] = []
+    values: dict[str, Any] = {}
+    halves = torch.from_numpy(chance.standard_normal((16, COLUMNS), dtype=np.float32)).bfloat16()
+    x = halves.double().numpy()
+    for bits in range(1, 9):
+        laid = matrix(ROWS, COLUMNS, bits, chance)
+        scale = np.float64(np.float16(0.02 / 2**bits))
+        codes = products.codes(laid, library=library)
+        weight = scale * (2.0 * codes - 1 if bits == 1 else codes - 2.0 ** (bits - 1))
+        true = x @ weight.T
+
+        def off(found: Any, true: Any = true) -> float:
+            return float(np.sqrt(((np.asarray(found, np.float64) - true[: len(found)]) ** 2).mean() / (true**2).mean()))
+
+        def product(given: torch.Tensor, activations: Any, laid: products.Laid = laid) -> Any:
+            words = given.view(torch.uint16) if given.dtype == torch.bfloat16 else given
+            found = torch.from_numpy(products.linear(laid, words.numpy(), activations=activations, library=library))
+            return (found.view(torch.bfloat16).float() if found.dtype == torch.uint16 else found).numpy()
+
+        packed = kernels.pack(codes, bits)
+        many = [packed.copy() for _ in range(32)]
+        given = (laid.columns, laid.groups, bits, laid.codes, 1)
+        took = best([partial(library.relay, each, *given) for each in many], 1, 0.2)
+        found = {
+            "fp32": off(product(halves.float(), "exact")),
+            "bf16, 1 token": off(product(halves[:1], "exact")),
+            "bf16, 16 tokens": off(product(halves, "exact")),
+            "int8": off(product(halves.float(), "int8")),
+            "torch bf16": off(F.linear(halves, torch.from_numpy(weight).bfloat16()).float()),
+        }
+        rows.append((f"{bits}", *(f"{each:.1e}" for each in found.values()), f"{packed.nbytes / took / 1e9:.1f}"))
+        values[f"{bits}"] = {**found, "layout_bytes_per_second": packed.nbytes / took}
+    return rows, values
+
+
 def stock_layer() -> Any:
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
@@ -194,6 +234,7 @@ def layers(
 def main() -> None:
     parser = measure.options(__doc__)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--only", choices=("matrix", "layers"), help="one of the two")
     parser.add_argument("--isa", help="another instruction set than the best one")
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4], help="of the layers")
     parser.add_argument("--seconds", type=float, default=0.4, help="of each measurement")
@@ -205,15 +246,25 @@ def main() -> None:
     library = native.find(given.isa)
     measure.say(f"cache: {CACHE // measure.MIB} MiB")
     measure.say(f"kernels: {library.isa}, of {kernels.status().why}")
-    values: dict[str, Any] = {"isa": library.isa}
+    torch.set_num_threads(1)
+    rows, off = errors(library)
+    head: tuple[str, ...] = ("bits", "fp32", "bf16, 1 token", "bf16, 16", "int8", "torch bf16", "laid out, GB/s")
+    print(f"Error against float64, results in the dtype of the activations\n\n{measure.table(head, rows)}\n")
+    values: dict[str, Any] = {"isa": library.isa, "errors": off}
     for threads in given.threads:
         torch.set_num_threads(threads)
+        if given.only == "layers":
+            break
         rows, found = one_matrix(threads, given.seconds, library)
-        print(f"{threads} threads, {library.isa}; memory is read at {found['bandwidth'] / 1e9:.1f} GB/s, "
-              f"{POOL // measure.MIB} MiB of weights in turns\n")
+        print(
+            f"{threads} threads, {library.isa}; memory is read at {found['bandwidth'] / 1e9:.1f} GB/s, "
+            f"{POOL // measure.MIB} MiB of weights in turns\n"
+        )
         head = ("[768, 2048], 1 token", "us", "torch bf16 x", "int4pack x", "of bandwidth")
         print(measure.table(head, rows), end="\n\n", flush=True)
         values[f"{threads} threads"] = found
+    if given.only == "matrix":
+        return measure.save(given.json, values)
     rows, found = layers(given.threads, given.bits, given.seconds, library)
     heads: tuple[str, ...] = (
         "threads",

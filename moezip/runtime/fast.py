@@ -24,8 +24,8 @@ from moezip.kernels.products import Laid
 # Measured: at 128 the kernels take 1.4 times as long as that product alone (Zen 5). In fp32 they are faster for any
 # number.
 CROSSOVER = {torch.bfloat16: 256, torch.float16: 256}
-# The same on a processor with a matrix unit for bf16 (AMX), which both then use: at 256 tokens the kernels take 1.5 times
-# as long as that product, which with decoding takes 1.8 times as long.
+# The same on a processor with a matrix unit for bf16 (AMX), which both then use: at 256 tokens the kernels take 1.5
+# times as long as that product, and decoding another 0.8.
 CROSSOVER_AMX = {torch.bfloat16: 512}
 
 _told: set[str] = set()
