@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from moezip import kernels
-from moezip.kernels import build, reference, selfcheck
+from moezip.kernels import build, choice, reference, selfcheck
 
 # Sums of fp32 products in another order: a few units in the last place each, over a few hundred terms.
 SUMS = 2e-5
@@ -476,9 +477,9 @@ def afresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.M
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(build, "LIBRARY", "no-such-library.so")
     monkeypatch.delenv("MOEZIP_NATIVE", raising=False)
-    kernels._choose.cache_clear()
+    choice.choose.cache_clear()
     yield monkeypatch
-    kernels._choose.cache_clear()
+    choice.choose.cache_clear()
 
 
 def still_packs() -> bool:
@@ -521,7 +522,7 @@ def test_an_instruction_set_that_is_not_there(afresh: pytest.MonkeyPatch, tmp_pa
     afresh.setenv("MOEZIP_NATIVE", "abacus")
     with pytest.warns(RuntimeWarning, match="this machine has no abacus"):
         assert not kernels.status().native
-    kernels._choose.cache_clear()
+    choice.choose.cache_clear()
     afresh.setenv("MOEZIP_NATIVE", "baseline")
     assert kernels.status().isa == "baseline"
     assert kernels.status().library == str(build.kept()) and still_packs()
@@ -547,6 +548,13 @@ def test_a_library_of_other_sources_is_built_anew(afresh: pytest.MonkeyPatch):
     afresh.setattr(build, "fingerprint", lambda: "0123456789abcdef")
     with pytest.raises(StaleError, match="other sources"):
         Native(have.file)
+
+
+def test_a_compiler_may_not_know_the_flags_of_tiles(tmp_path: Path):
+    if not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
+        pytest.skip("no C++ compiler")
+    assert build._knows(build.compiler(), build.FLAGS, tmp_path)
+    assert not build._knows(build.compiler(), ["-mno-such-tiles"], tmp_path)
 
 
 def test_a_file_that_is_no_library_is_built_anew(afresh: pytest.MonkeyPatch, tmp_path: Path):

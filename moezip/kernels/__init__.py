@@ -13,12 +13,11 @@ Importing this module imports nothing heavy.
 
 from __future__ import annotations
 
-import os
-import warnings
 from dataclasses import dataclass
-from functools import cache
-from threading import Lock
 from typing import TYPE_CHECKING, Any
+
+from moezip.kernels.choice import COST as COST
+from moezip.kernels.choice import Status, chosen
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,10 +28,6 @@ if TYPE_CHECKING:
 
 # Shares of a group's range that the search for scales tries: 1 must come first, so that ties keep the whole range.
 SHRINK = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.82, 0.79, 0.76, 0.73, 0.7, 0.66, 0.62, 0.58, 0.54, 0.5)
-
-# What doing without the C++ library costs (benchmarks/native.py, one expert matrix of 768 x 2048).
-COST = "quantization takes several times as long, and packed models run many times slower"
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Solved:
@@ -394,59 +389,10 @@ def _stored_form(step: Floats, zero: Floats, bits: int, symmetric: bool) -> tupl
     return step, None if symmetric else zero.astype(np.uint8)
 
 
-@dataclass(frozen=True, slots=True)
-class Status:
-    """What runs the kernels. ``native`` False: numpy, for the reason in ``why``; then the other texts are None."""
-
-    native: bool
-    why: str
-    library: str | None = None
-    isa: str | None = None
-    available: tuple[str, ...] = ()
-
-
 def status() -> Status:
     """Which library and which instruction set are in use, or why there is none. Builds the library if need be."""
-    return _chosen()[1]
+    return chosen()[1]
 
 
 def _backend() -> Any:
-    return _chosen()[0]
-
-
-@cache
-def _choose() -> tuple[Any, Status]:
-    """The functions to call. ``MOEZIP_NATIVE``: 0 means numpy, the name of an instruction set that one.
-
-    Warns, once in a process, where numpy is second best.
-    """
-    from moezip.kernels import build, reference
-
-    wanted = os.environ.get("MOEZIP_NATIVE", "1")
-    if wanted == "0":
-        return reference, Status(False, "MOEZIP_NATIVE=0")
-    from moezip.kernels import native, selfcheck
-
-    try:
-        found = native.find(None if wanted in ("", "1") else wanted)
-        faults = selfcheck.faults(found)
-        why = f"{found.file} ({found.isa}) computes wrongly: {'; '.join(faults)}" if faults else None
-    except (build.BuildError, ValueError) as error:
-        why = str(error)
-    if why is None:
-        return found, Status(True, "the self-check passed", str(found.file), found.isa, tuple(found.sets))
-    warnings.warn(
-        f"moezip's C++ kernels are not in use ({why}): {COST}. Install a C++ compiler such as g++ and try again; "
-        "MOEZIP_NATIVE=0 says that numpy is wanted.",
-        RuntimeWarning,
-        stacklevel=2,
-    )
-    return reference, Status(False, why)
-
-
-_choosing = Lock()
-
-
-def _chosen() -> tuple[Any, Status]:
-    with _choosing:  # several threads may come first; one of them builds
-        return _choose()
+    return chosen()[0]
