@@ -112,12 +112,17 @@ def parse_params(method: Method, settings: Mapping[str, str]) -> Any:
     Raises:
         UsageError: an unknown key, or a value that does not read as the knob's type.
     """
-    fields = {f.name: f for f in dataclasses.fields(method.params)}
+    return read_settings(method.params, settings, method.name)
+
+
+def read_settings(params: type, settings: Mapping[str, str], of: str) -> Any:
+    """A dataclass of knobs from ``--set KEY=VALUE`` texts; ``of`` is what they are settings of. Errors as above."""
+    fields = {f.name: f for f in dataclasses.fields(params)}
     values: dict[str, Any] = {}
     for key, text in settings.items():
-        field = lookup(key, fields, f"setting of {method.name}")
+        field = lookup(key, fields, f"setting of {of}")
         values[key] = _read_value(str(text), type(field.default), f"--set {key}={text}")
-    return method.params(**values)
+    return params(**values)
 
 
 def record_name(method: str, settings: Mapping[str, bool | int | float | str]) -> str:

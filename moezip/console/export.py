@@ -11,6 +11,7 @@ READ_BY = {
     "stock": "every loader of safetensors",
     "moezip": "moezip.load, or transformers after `import moezip`",
     "compressed-tensors": "vLLM, SGLang (4 and 8 bits), moezip.load",
+    "gguf": "llama.cpp and what is built on it",
     "gptq": "vLLM and SGLang (without zeros), GPTQModel, moezip.load",
 }
 

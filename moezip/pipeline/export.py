@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -23,12 +23,12 @@ from moezip.report.overview import overview
 from moezip.report.report import Report, peak_rss_bytes
 
 Form = Literal["stock", "moezip", "mone", "compressed-tensors", "gptq"]
-SAFETENSORS, COMPRESSED, GPTQ = "safetensors", "compressed-tensors", "gptq"
+SAFETENSORS, COMPRESSED, GPTQ, GGUF = "safetensors", "compressed-tensors", "gptq", "gguf"
 FORMATS = {
     SAFETENSORS: "plain numbers, which every loader reads",
     COMPRESSED: "the same codes as compressed-tensors names them, for vLLM and SGLang",
     GPTQ: "the same codes as AutoGPTQ and GPTQModel lay them out, 4 or 8 bits",
-    "gguf": "llama.cpp's own files",
+    GGUF: "llama.cpp's own file",
 }
 
 
@@ -45,18 +45,15 @@ def export_of(source: Source, to: str, reader: str | None = None) -> Export:
     """``source`` in the format ``to``, which ``reader`` must be able to read.
 
     Raises:
-        UsageError: no such format or reader, or one that is not there yet.
+        UsageError: no such format or reader, or a format that is no checkpoint folder (gguf).
         PlanError: what the format cannot hold, or the reader does not read.
         ArchitectureError: a quantization that moezip cannot decode.
     """
     lookup(to, FORMATS, "format")
     if reader is not None:
         lookup(reader, READERS, "reader")
-    if to == "gguf":
-        raise UsageError(
-            "GGUF files are not written yet", where="--to gguf",
-            next="use --to safetensors, and convert that with llama.cpp's convert_hf_to_gguf.py",
-        )  # fmt: skip
+    if to == GGUF:
+        raise UsageError("a GGUF file is no checkpoint folder", where="--to gguf", next="see moezip.pipeline.gguf")
     if to == SAFETENSORS:
         return _plain(source, reader)
     codes = codes_of(source)
@@ -89,8 +86,25 @@ def _plain(source: Source, reader: str | None) -> Export:
     return Export(dense(source), "stock")
 
 
-def export_command(checkpoint: str, out: Path, to: str, reader: str | None, common: Common) -> Report:
-    """``moezip export``: writes ``checkpoint`` in another format, and proves it complete."""
+def export_command(
+    checkpoint: str,
+    out: Path,
+    to: str,
+    reader: str | None,
+    common: Common,
+    settings: Mapping[str, str] | None = None,
+) -> Report:
+    """``moezip export``: writes ``checkpoint`` in another format, and proves it complete.
+
+    Args:
+        settings: ``--set`` texts; only gguf has any (``moezip.export.gguf.GGUFParams``).
+    """
+    if to == GGUF:
+        from moezip.pipeline.gguf import gguf_command
+
+        return gguf_command(checkpoint, out, reader, common, settings or {})
+    if settings:
+        raise UsageError(f"--to {to} has no settings", where=f"--set {next(iter(settings))}", next="leave --set out")
     clock = Clock()
     model = opened(checkpoint)
     source = model.source

@@ -48,7 +48,7 @@ class Report:
     protected: Mapping[str, list[int]] = field(default_factory=dict)
     unrouted: Mapping[str, int] = field(default_factory=dict)
     stock: bool = True
-    form: Literal["stock", "moezip", "mone", "compressed-tensors", "gptq"] = "stock"
+    form: Literal["stock", "moezip", "mone", "compressed-tensors", "gptq", "gguf"] = "stock"
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> str:
