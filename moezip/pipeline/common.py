@@ -11,6 +11,7 @@ from pathlib import Path
 from moezip.arch.experts import check_shapes
 from moezip.arch.families import identify
 from moezip.arch.spec import Architecture, LayerFacts
+from moezip.checkpoint.hub import HubId, fetched, headers
 from moezip.checkpoint.reader import Checkpoint
 from moezip.checkpoint.writer import Staging
 from moezip.errors import CheckpointError, UsageError
@@ -65,7 +66,10 @@ class Clock:
 
 
 def open_checkpoint(name: str) -> Checkpoint:
-    """A folder, or the word ``demo``. Raises CheckpointError for anything else."""
+    """A folder, the word ``demo``, or a hub id ``ORG/NAME[@REVISION]``, which is fetched if it is not cached.
+
+    A folder of that name wins. Raises CheckpointError where there is none of them.
+    """
     path = Path(name)
     if path.exists():
         return Checkpoint.open(path)
@@ -73,11 +77,9 @@ def open_checkpoint(name: str) -> Checkpoint:
         from moezip import demo
 
         return Checkpoint.open(demo.checkpoint())
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        raise CheckpointError(
-            f"there is no folder {name!r}; it may be a hub id, which this version does not fetch",
-            next=f"download it first, for example: huggingface-cli download {name} --local-dir {path.name}",
-        )
+    wanted = HubId.of(name)
+    if wanted is not None:
+        return Checkpoint.open(fetched(wanted))
     raise CheckpointError(f"there is no folder {name!r}", next="name a folder with config.json and .safetensors files")
 
 
@@ -92,7 +94,21 @@ class Opened:
 
 def opened(name: str) -> Opened:
     """Raises CheckpointError or ArchitectureError before anything is computed."""
-    source = open_checkpoint(name)
+    return _understood(open_checkpoint(name))
+
+
+@contextmanager
+def looked_at(name: str) -> Iterator[Opened]:
+    """``opened`` for those who read headers only: of a hub id nothing else is fetched."""
+    wanted = None if Path(name).exists() or name == "demo" else HubId.of(name)
+    if wanted is None:
+        yield opened(name)
+        return
+    with headers(wanted) as folder:
+        yield _understood(Checkpoint.open(folder))
+
+
+def _understood(source: Checkpoint) -> Opened:
     entry = identify(source.config, source.folder)
     check_shapes(source, entry)
     return Opened(source, entry, tuple(entry.layer_facts(source.config)))
