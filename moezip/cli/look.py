@@ -13,10 +13,11 @@ from moezip.console import results
 
 def inspect(checkpoint: Ckpt, as_json: Json = False, debug: Debug = False) -> None:
     """What a checkpoint is: architecture, experts, sizes, what would fit. Reads headers only."""
-    from moezip.pipeline import opened
+    from moezip.pipeline.common import looked_at
     from moezip.report.overview import overview
 
-    seen = overview(opened(checkpoint).source)
+    with looked_at(checkpoint) as model:
+        seen = overview(model.source)
     if as_json:
         console.data(seen.to_json())
         return

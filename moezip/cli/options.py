@@ -24,7 +24,10 @@ def packaged(paths: list[Path] | None) -> list[Path] | None:
     return None if paths is None else [demo.named(path.as_posix()) or path for path in paths]
 
 
-Ckpt = Annotated[str, typer.Argument(metavar="CKPT", help="A checkpoint folder, or the word demo.")]
+Ckpt = Annotated[
+    str,
+    typer.Argument(metavar="CKPT", help="A checkpoint folder, a hub id (ORG/NAME or ORG/NAME@REVISION), or demo."),
+]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")]
 Data = Annotated[
     list[Path] | None,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moezip import console
-from moezip.cli.options import Ckpt, Debug, For, Json, Out, Overwrite, Quiet, common_of
+from moezip.cli.options import Ckpt, Debug, For, Json, Out, Overwrite, Quiet, Set, common_of, settings_of
 from moezip.console import results
 
 
@@ -34,18 +34,26 @@ def export(
     checkpoint: Ckpt,
     out: Out,
     to: Annotated[
-        str, typer.Option("--to", metavar="FORMAT", help="safetensors (plain numbers), compressed-tensors or gptq.")
+        str,
+        typer.Option(
+            "--to",
+            metavar="FORMAT",
+            help="safetensors (plain numbers), compressed-tensors, gptq, or gguf (OUT is then a file; "
+            "--set type=F16, BF16, F32, Q8_0, Q4_0 or MXFP4).",
+        ),
     ],
     reader: For = None,
+    settings: Set = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Writes a quantized checkpoint in the format of another reader; no weight changes."""
+    """Writes a checkpoint in the format of another reader; no weight changes, but for the rounding of a GGUF type."""
     from moezip.console.export import show_export
     from moezip.pipeline.export import export_command
 
     with console.watching(quiet) as watch:
-        report = export_command(checkpoint, out, to, reader, common_of(watch, overwrite=overwrite))
+        common = common_of(watch, overwrite=overwrite)
+        report = export_command(checkpoint, out, to, reader, common, settings_of(settings))
     show_export(report, as_json, quiet)
