@@ -139,10 +139,9 @@ def served(tiny: Tiny, tmp_path: Path) -> Iterator[Hub]:
     hub.server.server_close()
 
 
-def moezip(*words: object, url: str, home: Path, offline: bool = False) -> Answer:
-    return process(
-        *words, HF_ENDPOINT=url, HF_HOME=str(home), HF_HUB_OFFLINE=str(int(offline)), HF_HUB_DISABLE_PROGRESS_BARS="1"
-    )
+def moezip(*words: object, url: str, home: Path, offline: bool = False, before: str = "") -> Answer:
+    settings = {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_OFFLINE": str(int(offline))}
+    return process(*words, before=before, HF_HUB_DISABLE_PROGRESS_BARS="1", **settings)
 
 
 def shard_gets(hub: Hub) -> list[str | None]:
