@@ -11,7 +11,7 @@ ARGS ?=
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test sanitize gpu-check compat lint types docs bench clean
+.PHONY: help demo test sanitize gpu-check compat lint types docs bench conformance clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -73,5 +73,11 @@ bench: .venv/installed
 	$(PY) benchmarks/peer_reap.py $(BENCH_WORK) $(if $(PEER_PYTHON),--peer-python "$(PEER_PYTHON)")
 	$(PY) benchmarks/quality.py demo --calib $(DEMO_DATA)/calib/python.jsonl --heldout $(DEMO_DATA)/heldout
 
+# Every form that moezip writes, loaded by the real readers: half an hour and 8 GB of environments, kept in CONFORMANCE.
+# VLLM_ORACLE=FILE adds vLLM; ARGS="--only llama.cpp mlx-lm" takes some readers.
+CONFORMANCE ?= .conformance
+conformance: .venv/installed
+	$(PY) benchmarks/conformance.py --work $(CONFORMANCE) --write docs/conformance.md $(if $(VLLM_ORACLE),--vllm-oracle "$(VLLM_ORACLE)") $(ARGS)
+
 clean:
-	rm -rf .venv .compat .pytest_cache .mypy_cache .ruff_cache build dist
+	rm -rf .venv .compat .conformance .pytest_cache .mypy_cache .ruff_cache build dist

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from moezip.export.verify import verify
 from moezip.formats.packed import Grid
 from moezip.pipeline.export import export_of
 from moezip.pipeline.items import Item
+from tests.command import Cli, write_text
 from tests.test_laws import REORDERED, full_logits, largest_difference, plain_rows
 from tests.test_laws import load as load_stock
 from tests.test_packed_runtime import PUBLISHED_APART, experts_only, fitted, load, mixed, packed, streamed, written
@@ -235,3 +237,36 @@ def test_the_command_writes_verified_folders(cli: Any, tiny: Tiny, tmp_path: Pat
     assert refused.code == 2 and not (tmp_path / "no").exists()
     stored = cli("export", out, tmp_path / "no", "--to", "safetensors")
     assert stored.code == 1 and "already" in stored.err
+
+
+# -- several forms from one calibration ---------------------------------------------------------------------
+
+
+def test_forms_beyond_the_first_need_no_second_pass(
+    cli: Cli, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One quantization looks at text; every export of it runs no layer of the model, reads no text, solves nothing."""
+    from moezip.calibrate.stream import Stream
+
+    passes: list[str] = []
+    begin = Stream.__init__
+
+    def counted(self: Any, *given: Any, **named: Any) -> None:
+        passes.append("a pass")
+        begin(self, *given, **named)
+
+    monkeypatch.setattr(Stream, "__init__", counted)
+    text = write_text(tmp_path / "text.jsonl")
+    packed = tmp_path / "packed"
+    words = ("--bits", "4", "--group-size", "8", "--data", text, "--tokens", "256", "--set", "symmetric=true")
+    assert cli("quantize", tiny("mixtral"), packed, *words).code == 0
+    solved = len(passes)
+    assert solved > 0
+    text.unlink()
+    outs = {"compressed-tensors": (), "gptq": (), "safetensors": (), "gguf": ("--set", "pre=none")}
+    for to, more in outs.items():
+        if to == "gguf" and importlib.util.find_spec("gguf") is None:
+            continue
+        answer = cli("export", packed, tmp_path / to, "--to", to, *more)
+        assert answer.code == 0, answer.err
+    assert len(passes) == solved

@@ -24,9 +24,12 @@ from moezip.demo import checkpoint as demo_checkpoint
 from moezip.errors import CheckpointError, MoezipError, PlanError, UsageError
 from moezip.export.gguf_families import FAMILIES
 from moezip.export.gguf_vocabulary import vocabulary
+from moezip.pipeline import Common, apply_command
 from tests.command import Cli, tree
 from tests.test_laws import full_logits, largest_difference, plain_rows
 from tests.test_laws import load as load_stock
+from tests.test_mone import uneven
+from tests.test_ragged import kept_of, ragged
 from tests.tiny import FAMILIES as EVERY
 
 gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
@@ -329,13 +332,16 @@ def test_a_broken_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     assert tree(tmp_path) == []
 
 
-def test_ragged_and_mone_forms_are_refused(cli: Cli, tmp_path: Path) -> None:
-    common = ("--method", "random", "--ratio", "0.3", "--scope", "model", "--seed", "1")
-    for out, more, said in (("ragged", (), "layers or experts differ"), ("mone", ("--for", "vllm"), "MoNE")):
-        assert cli("prune", "demo", tmp_path / out, *common, *more).code == 0
-        answer = cli("export", tmp_path / out, tmp_path / f"{out}.gguf", "--to", "gguf")
-        assert (answer.code, said in answer.err) == (1, True), answer.err
-    assert not list(tmp_path.glob("*.gguf"))
+def test_ragged_and_mone_forms_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+    source = Checkpoint.open(made(tiny, "qwen3_moe"))
+    uneven_layers = ragged(source.folder, tmp_path / "ragged", kept_of(source))
+    with pytest.raises(PlanError, match="layers or experts differ"):
+        ready(Checkpoint.open(uneven_layers), GGUFParams(pre="none"))
+    plan = tmp_path / "plan.json"
+    plan.write_text(uneven(source).to_json())
+    apply_command(str(source.folder), plan, tmp_path / "mone", Common(), "vllm")
+    with pytest.raises(PlanError, match="MoNE"):
+        ready(Checkpoint.open(tmp_path / "mone"), GGUFParams(pre="none"))
 
 
 def test_every_family_is_written_or_refused_by_name(tiny: Tiny) -> None:

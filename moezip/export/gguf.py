@@ -99,7 +99,10 @@ def ready(source: Source, params: GGUFParams) -> Ready:
     metadata = gguf_families.metadata(family, entry, plain.config, config)
     words = vocabulary(source.folder, config.vocab_size, params.pre)
     chosen = tuple((written, _type(written, params.type)) for written in tensors(plain, entry, family, config))
-    return Ready(plain, entry, family, params, metadata, words, chosen, tuple(_notes(source, entry, params, chosen)))
+    notes = [*_notes(source, entry, params, chosen)]
+    if (odd := gguf_families.difference(config)) is not None:
+        notes.append(odd)
+    return Ready(plain, entry, family, params, metadata, words, chosen, tuple(notes))
 
 
 def _require_package() -> None:

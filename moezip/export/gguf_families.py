@@ -206,3 +206,14 @@ def _refusals(family: Family, entry: Architecture, raw: Mapping[str, Any], confi
             yield "layers with and without a window do not alternate, as llama.cpp expects"
     elif window and window < config.max_position_embeddings and (not types or "sliding_attention" in types):
         yield f"it attends in windows of {window} tokens, llama.cpp to everything"
+
+
+def difference(config: Config) -> str | None:
+    """What llama.cpp computes a little otherwise, though it is the same model; None where nothing is known."""
+    rope = config.rope_parameters
+    if rope.get("rope_type") == "yarn" and not rope.get("truncate", True):
+        return (
+            "llama.cpp rounds the limits between which YaRN scales positions, which this model does not: logits differ "
+            "a little more than by arithmetic"
+        )
+    return None

@@ -135,7 +135,7 @@ def unread(reader: str, codes: Codes, view: Source) -> str | None:
     method = view.config["quantization_config"]["quant_method"]
     widths = sorted({grid.bits for grid in codes.grids.values()})
     if reader == "llamacpp":
-        return "llama.cpp is given plain numbers, which its own converter packs anew"
+        return "llama.cpp reads GGUF files, which --to gguf writes"
     if reader == "transformers" and method == compressed_tensors.METHOD:
         return misread(codes, view)
     if reader == "sglang" and not set(widths) <= {4, 8}:
