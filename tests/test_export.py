@@ -173,7 +173,7 @@ def one_wider(items: list[Item]) -> dict[str, Grid]:
 @pytest.mark.parametrize(
     ("family", "choose", "kept", "to", "reader", "message", "hint"),
     [
-        ("qwen3_moe", four(), everything, "gguf", None, "not written yet", "safetensors"),
+        ("qwen3_moe", four(), everything, "gguf", None, "no checkpoint folder", "gguf"),
         ("qwen3_moe", four(), everything, "ggfu", None, "unknown format", "gguf"),
         ("qwen3_moe", four(), everything, "gptq", "vlm", "unknown reader", "vllm"),
         ("qwen3_moe", mixed, everything, "compressed-tensors", None, "one bit|8 bits|differently", "moezip's own"),
@@ -233,7 +233,7 @@ def test_the_command_writes_verified_folders(cli: Any, tiny: Tiny, tmp_path: Pat
     assert done.code == 0 and done.json["stock"] and "warning" not in done.err
     assert done.json["bytes_after"] > done.json["bytes_before"]
     assert cli("verify", out).code == 0
-    refused = cli("export", folder, tmp_path / "no", "--to", "gguf")
+    refused = cli("export", folder, tmp_path / "no", "--to", "gguf", "--set", "type=Q9")
     assert refused.code == 2 and not (tmp_path / "no").exists()
     stored = cli("export", out, tmp_path / "no", "--to", "safetensors")
     assert stored.code == 1 and "already" in stored.err

@@ -18,7 +18,7 @@ import pytest
 from moezip.checkpoint import hub
 from moezip.checkpoint.hub import HubId, fetched
 from moezip.errors import CheckpointError
-from tests.command import Answer, process, tree
+from tests.command import Answer, Cli, process, tree
 
 Tiny = Callable[..., Path]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -227,6 +227,13 @@ def test_the_disk_is_asked_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub.shutil, "disk_usage", lambda folder: SimpleNamespace(free=62 << 30))
     assert fetched(HubId("acme/big", "v2")) == Path("/somewhere")
     assert calls[-1]["revision"] == "v2"
+
+
+def test_a_dry_run_downloads_nothing(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = pretend(monkeypatch, [listed("model.safetensors", 60 << 30), listed("config.json", 900)])
+    answer = cli("prune", "acme/big", "out", "--method", "router-norm", "--ratio", "0.5", "--dry-run")
+    assert (answer.code, "2 files, 64.42 GB, are not cached" in answer.err) == (1, True), answer.err
+    assert [call.get("dry_run") for call in calls] == [True]
 
 
 def test_models_without_safetensors_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,8 +55,8 @@ class HubId:
         return self.name if self.revision is None else f"{self.name}@{self.revision}"
 
 
-def fetched(wanted: HubId) -> Path:
-    """The folder of its snapshot in the hub's cache, downloaded if it is not there.
+def fetched(wanted: HubId, download: bool = True) -> Path:
+    """The folder of its snapshot in the hub's cache, downloaded if it is not there and ``download`` is set.
 
     What has to be downloaded is said (to the log, before it starts) and compared with the free space.
 
@@ -68,10 +68,15 @@ def fetched(wanted: HubId) -> Path:
     if isinstance(found, Path):
         return found
     needed = sum(file.file_size or 0 for file in found if file.will_download)
+    count = sum(file.will_download for file in found)
+    if count and not download:
+        raise CheckpointError(
+            f"a dry run downloads nothing, and of {wanted} {count} files, {_size(needed)}, are not cached",
+            next=f"look at it with moezip inspect {wanted}, which reads headers only, or fetch it first (hf download)",
+        )
     if needed:
         cache = _cache()
         free = shutil.disk_usage(next(folder for folder in (cache, *cache.parents) if folder.exists())).free
-        count = sum(file.will_download for file in found)
         log.warning(
             "%s: %d files, %s, are downloaded into %s (%s free there); once stopped, the same command goes on",
             wanted, count, _size(needed), cache, _size(free),

@@ -65,6 +65,7 @@ def prune(
     from moezip.calibrate.data import domains_of
     from moezip.pipeline import PruneJob, prune_command
     from moezip.pipeline import dry_run as estimate
+    from moezip.pipeline.common import without_downloads
     from moezip.pipeline.prune import saved_plan
 
     texts = domains_of(data, tokens) if data else ()
@@ -78,7 +79,8 @@ def prune(
             seq_len=seq_len, seed=seed,
         )  # fmt: skip
         if dry_run:
-            results.show_estimate(estimate(checkpoint, job, common), as_json)
+            with without_downloads():
+                results.show_estimate(estimate(checkpoint, job, common), as_json)
             return
         outcome = prune_command(checkpoint, out, job, common, plan_only=plan_only, save_stats=save_stats)
     results.show_outcome(outcome, out, as_json, quiet)
@@ -118,6 +120,7 @@ def merge(
     The published averages lose most; `--set combine=neurons`, made of the experts' own neurons, loses least.
     """
     from moezip.calibrate.data import domains_of
+    from moezip.pipeline.common import without_downloads
     from moezip.pipeline.merge import MergeJob, merge_command
     from moezip.pipeline.merge_estimate import estimate_merge
     from moezip.pipeline.prune import saved_plan
@@ -130,7 +133,8 @@ def merge(
             seq_len=seq_len, seed=seed,
         )  # fmt: skip
         if dry_run:
-            results.show_estimate(estimate_merge(checkpoint, job, common), as_json)
+            with without_downloads():
+                results.show_estimate(estimate_merge(checkpoint, job, common), as_json)
             return
         outcome = merge_command(checkpoint, out, job, common, plan_only=plan_only, save_stats=save_stats)
     results.show_outcome(outcome, out, as_json, quiet)
@@ -189,6 +193,7 @@ def quantize(
 ) -> None:
     """Stores weights in 1 to 8 bits, layer by layer, each layer making up for what rounding did before it."""
     from moezip.calibrate.data import domains_of
+    from moezip.pipeline.common import without_downloads
     from moezip.pipeline.prune import saved_plan
     from moezip.pipeline.quantize import QuantizeJob, quantize_command
     from moezip.pipeline.quantize_estimate import estimate_quantize
@@ -204,7 +209,8 @@ def quantize(
             seq_len=seq_len, seed=seed,
         )  # fmt: skip
         if dry_run:
-            results.show_quantize_estimate(estimate_quantize(checkpoint, job, common), as_json)
+            with without_downloads():
+                results.show_quantize_estimate(estimate_quantize(checkpoint, job, common), as_json)
             return
         tell = (lambda chosen: None) if quiet or as_json else results.tell_widths
         outcome = quantize_command(checkpoint, out, job, common, tell, plan_only=plan_only)
@@ -240,11 +246,13 @@ def skip(
     """Has a model skip experts as it runs, token by token; the rule goes into its config, weights stay as they are."""
     from moezip.calibrate.data import domains_of
     from moezip.console.skip import show_skip, show_skip_estimate
+    from moezip.pipeline.common import without_downloads
     from moezip.pipeline.skip import SkipJob, estimate_skip, skip_command
 
     job = SkipJob(rule, settings_of(settings), domains_of(data, tokens) if data else ())
     if dry_run:
-        show_skip_estimate(estimate_skip(checkpoint, job), as_json)
+        with without_downloads():
+            show_skip_estimate(estimate_skip(checkpoint, job), as_json)
         return
     with console.watching(quiet) as watch:
         common = common_of(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -65,6 +66,19 @@ class Clock:
         return time.monotonic() - self.start
 
 
+_downloads: ContextVar[bool] = ContextVar("downloads", default=True)
+
+
+@contextmanager
+def without_downloads() -> Iterator[None]:
+    """Inside, a hub id that is not cached is an error which says how much there is to fetch: for dry runs."""
+    before = _downloads.set(False)
+    try:
+        yield
+    finally:
+        _downloads.reset(before)
+
+
 def open_checkpoint(name: str) -> Checkpoint:
     """A folder, the word ``demo``, or a hub id ``ORG/NAME[@REVISION]``, which is fetched if it is not cached.
 
@@ -79,7 +93,7 @@ def open_checkpoint(name: str) -> Checkpoint:
         return Checkpoint.open(demo.checkpoint())
     wanted = HubId.of(name)
     if wanted is not None:
-        return Checkpoint.open(fetched(wanted))
+        return Checkpoint.open(fetched(wanted, download=_downloads.get()))
     raise CheckpointError(f"there is no folder {name!r}", next="name a folder with config.json and .safetensors files")
 
 
