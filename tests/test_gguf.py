@@ -37,6 +37,7 @@ from moezip.export.gguf import GGUFParams, encode, ready, write_gguf  # noqa: E4
 
 Tiny = Callable[..., Path]
 ROOT = Path(__file__).parents[1]
+HELDOUT = ROOT / "moezip/demo/data/heldout"
 # Tiny models as llama.cpp can load them: no key-value heads shared in olmoe, no groups of DeepSeek-V2's kind.
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
 PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
@@ -271,6 +272,9 @@ def test_sentencepiece_tokens_have_scores(tmp_path: Path) -> None:
     assert (words.model, words.pre) == ("llama", "")
     assert words.kinds == (2, 3, 3, 6, 1, 1, 1, 1, 1)  # unknown, control, control, byte, normal ...
     assert words.scores[7] > words.scores[8] > words.scores[4]
+    assert words.space_first is False
+    meta = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    assert vocabulary(tokenizer_file(tmp_path, model=model, added_tokens=added, pre_tokenizer=meta), 9).space_first
 
 
 # -- refusals -----------------------------------------------------------------------------------------------
@@ -402,8 +406,35 @@ def test_llama_cpp_cuts_text_into_the_same_tokens(tmp_path: Path) -> None:
 
     written(demo_checkpoint(), tmp_path / "m.gguf", pre="auto")
     tokenizer = AutoTokenizer.from_pretrained(demo_checkpoint())
-    heldout = ROOT / "moezip/demo/data/heldout"
-    texts = [json.loads(line)["text"] for file in sorted(heldout.glob("*.jsonl")) for line in file.open()]
+    texts = [json.loads(line)["text"] for file in sorted(HELDOUT.glob("*.jsonl")) for line in file.open()]
     _, found = llama_cpp(tmp_path / "m.gguf", torch.tensor([[5, 6]]), tmp_path, texts)
     for text, ids in zip(texts, found):
         assert ids == tokenizer(text, add_special_tokens=False).input_ids, text[:80]
+
+
+@runs_llama_cpp
+@pytest.mark.parametrize("space_first", [True, False])
+def test_llama_cpp_merges_by_scores_as_by_merges(space_first: bool, tiny: Tiny, tmp_path: Path) -> None:
+    """A SentencePiece-like tokenizer, trained here: the scores made of its merges give the same tokens."""
+    from tokenizers import Tokenizer, decoders, normalizers
+    from tokenizers.models import BPE
+    from tokenizers.trainers import BpeTrainer
+
+    texts = [json.loads(line)["text"] for line in (HELDOUT / "scripture.jsonl").open()]
+    core = Tokenizer(BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    steps = [normalizers.Prepend("▁")] if space_first else []
+    core.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    core.decoder = decoders.Replace("▁", " ")
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    core.train_from_iterator(texts, BpeTrainer(vocab_size=700, special_tokens=special, show_progress=False))
+    folder = tmp_path / "model"
+    shutil.copytree(made(tiny, "mixtral", vocab_size=700), folder)
+    core.save(str(folder / "tokenizer.json"))
+    whole = json.loads((folder / "tokenizer.json").read_text())
+    whole["added_tokens"] = whole["added_tokens"][:3]  # bytes are no special tokens
+    (folder / "tokenizer.json").write_text(json.dumps(whole))
+    written(folder, tmp_path / "m.gguf", pre="auto")
+    _, found = llama_cpp(tmp_path / "m.gguf", torch.tensor([[5, 6]]), tmp_path, [*texts, "Größe, 漢字"])
+    same = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for text, ids in zip([*texts, "Größe, 漢字"], found):
+        assert ids == same.encode(text, add_special_tokens=False).ids, text[:80]

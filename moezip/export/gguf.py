@@ -286,6 +286,8 @@ def _describe(ready: Ready, writer: Any, facts: Mapping[str, str]) -> None:
     writer.add_token_types(list(words.kinds))
     if words.scores:
         writer.add_token_scores(list(words.scores))
+    if words.space_first is not None:
+        writer.add_add_space_prefix(words.space_first)
     special = gguf.SpecialVocab(folder, load_merges=words.model == "gpt2", n_vocab=len(words.tokens))
     special.add_special_token.setdefault("bos", False)  # else llama.cpp adds one by its own default
     special.add_to_gguf(writer, quiet=True)

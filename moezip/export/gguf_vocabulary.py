@@ -61,7 +61,7 @@ class Vocabulary:
         model: ``gpt2`` (merges of bytes), ``llama`` (SentencePiece) or ``none``.
         pre: the name of its rules for words; empty where the model needs none.
         tokens, kinds: by id. scores: of ``llama`` alone, the higher is merged first.
-        merges: of ``gpt2`` alone.
+        space_first: a space is put before every text; None where that is not said (``gpt2``).
     """
 
     model: str
@@ -69,6 +69,7 @@ class Vocabulary:
     tokens: tuple[str, ...] = ()
     kinds: tuple[int, ...] = ()
     scores: tuple[float, ...] = ()
+    space_first: bool | None = None
 
 
 def vocabulary(folder: Path, size: int, pre: str = AUTO) -> Vocabulary:
@@ -98,7 +99,8 @@ def vocabulary(folder: Path, size: int, pre: str = AUTO) -> Vocabulary:
     name = "" if spm else pre if pre != AUTO else _named(whole, file)
     tokens, kinds = _tokens(whole, size, file, spm)
     scores = _scores(model, tokens) if spm else ()
-    return Vocabulary("llama" if spm else "gpt2", name, tuple(tokens), tuple(kinds), scores)
+    first = _space_first(whole) if spm else None
+    return Vocabulary("llama" if spm else "gpt2", name, tuple(tokens), tuple(kinds), scores, first)
 
 
 def _named(whole: Mapping[str, Any], file: Path) -> str:
@@ -152,6 +154,16 @@ def _scores(model: Mapping[str, Any], tokens: list[str]) -> tuple[float, ...]:
     for rank, merge in enumerate(model.get("merges") or ()):
         ranks.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), rank)
     return tuple(-float(ranks.get(token, len(ranks))) for token in tokens)
+
+
+def _space_first(whole: Mapping[str, Any]) -> bool:
+    steps = [whole.get("normalizer"), whole.get("pre_tokenizer")]
+    while steps:
+        step = steps.pop() or {}
+        steps += [*step.get("normalizers", ()), *step.get("pretokenizers", ())]
+        if step.get("type") == "Prepend" or step.get("prepend_scheme") in ("first", "always"):
+            return True
+    return False
 
 
 def _unknown(file: Path, why: str) -> PlanError:
