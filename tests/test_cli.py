@@ -303,7 +303,7 @@ def test_side_files_come_along(cli: Cli, tiny: Tiny, tmp_path: Path, shards: int
     assert {name: made[name].decode() for name in side} == side
     assert "pytorch_model.bin" not in made
     card = made["README.md"].decode()
-    assert card.startswith("---\nlicense: mit\n---\n") and "4 of 8" in card and "The old card." in card
+    assert card.startswith("---\nlicense: mit\nbase_model: source\n") and "4 of 8" in card and "The old card." in card
     assert cli("verify", tmp_path / "out").code == 0
 
 

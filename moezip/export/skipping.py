@@ -50,8 +50,8 @@ class WithSkipping:
         yield from self._source.chunks(name, rows)
 
 
-def how_to_load(skipping: Skipping, own_format: bool) -> list[str]:
-    """Lines of the model card: what the rule is, and who obeys it."""
+def explained(skipping: Skipping) -> list[str]:
+    """Lines of the model card: what the rule is, and how to see what it saves."""
     layers = len(skipping.thresholds) or len(skipping.layers)
     rule = {
         "naee": "an expert is dropped where its gate is small beside the token's best",
@@ -59,22 +59,8 @@ def how_to_load(skipping: Skipping, own_format: bool) -> list[str]:
         "all of theirs",
         "otp": "a small network per layer says for each token how many of its experts run",
     }[skipping.rule]
-    others = (
-        "transformers after `import moezip` does so too."
-        if own_format
-        else "Other loaders do not know the rule: they load the checkpoint and run every expert, which is the source "
-        "model."
-    )
     return [
         f"It skips calls of experts as it runs, in {layers} layers ({skipping.rule}): {rule}. The weights are those of "
-        f"the source; the rule is `{KEY}` in `config.json`.",
-        "",
-        "```python",
-        "import moezip",
-        'model = moezip.load("path/to/this/folder")',
-        "...",
-        "print(model.moezip_skipping)  # calls saved so far",
-        "```",
-        "",
-        others,
+        f"the source; the rule is `{KEY}` in `config.json`. A model that `moezip.load` gave counts the calls that it "
+        "saves in `model.moezip_skipping`.",
     ]

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from moezip import __version__
 from moezip.arch.experts import decoded
 from moezip.arch.layout import Layout
 from moezip.checkpoint.source import Source
@@ -16,9 +15,10 @@ from moezip.export.dense import dense
 from moezip.export.packed import as_compressed_tensors, as_gptq, codes_of, misread, unread
 from moezip.export.readers import READERS
 from moezip.export.remade import stock_config
-from moezip.export.stock import PLAN, tensor_bytes, with_source_card, write_checkpoint
+from moezip.export.stock import PLAN, tensor_bytes, write_checkpoint
 from moezip.pipeline.common import Clock, Common, Opened, opened, refuse_output
 from moezip.registry import lookup
+from moezip.report.card import made_by, model_card
 from moezip.report.overview import overview
 from moezip.report.report import Report, peak_rss_bytes
 
@@ -122,9 +122,11 @@ def write_export(
     finished: list[Report] = []
     begun = clock.seconds
 
+    base = _report(model, export, out, to)
+
     def report() -> str:
         stages = {**clock.stages, "write": clock.seconds - begun}
-        finished.append(replace(_report(model, export, out, to), seconds=clock.seconds, stages=stages))
+        finished.append(replace(base, seconds=clock.seconds, stages=stages, peak_rss_bytes=peak_rss_bytes()))
         return finished[-1].to_json()
 
     with clock.stage("write"):
@@ -132,7 +134,7 @@ def write_export(
             export.view,
             None,
             out,
-            text=card_of(model, export, to),
+            text=card_of(model, export, base, to),
             report=report,
             command=common.command,
             extra=None if plan is None else {PLAN: plan},
@@ -164,17 +166,7 @@ def _report(model: Opened, export: Export, out: Path, to: str) -> Report:
     )
 
 
-def card_of(model: Opened, export: Export, to: str) -> str:
+def card_of(model: Opened, export: Export, report: Report, to: str) -> str:
     """The model card of an export."""
-    lines = [f"Written by moezip {__version__} from a packed checkpoint, as {FORMATS[to]}.", *_how(export)]
-    return with_source_card(model.source.folder, f"{model.architecture.name}, exported", lines)
-
-
-def _how(export: Export) -> Sequence[str]:
-    warnings = [line for warning in export.warnings for line in ("", f"**Warning:** {warning}.")]
-    if export.form == "stock":
-        code = ["from transformers import AutoModelForCausalLM"]
-        code.append('model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")')
-    else:
-        code = ["import moezip", 'model = moezip.load("path/to/this/folder")']
-    return [*warnings, "", "```python", *code, "```"]
+    text = f"{made_by('by export')} from a packed checkpoint, as {FORMATS[to]}."
+    return model_card(model.source, export.view, report, "exported", [text])

@@ -19,7 +19,7 @@ from moezip.checkpoint.source import Source
 from moezip.errors import PlanError, StatisticsError, UsageError
 from moezip.export.mone import Substituted
 from moezip.export.readers import VLLM_NOTE, Planned, check_reader, planned
-from moezip.export.stock import card, tensor_bytes, write_checkpoint
+from moezip.export.stock import tensor_bytes, write_checkpoint
 from moezip.pipeline.calibrate import forget, require_files, resumable, run_calibration, unrouted, work_folder
 from moezip.pipeline.common import Clock, Common, Opened, opened, refuse_file, refuse_output
 from moezip.pipeline.neurons import check_neurons, neuron_layers, require_raggable
@@ -34,6 +34,7 @@ from moezip.plan.plan import Plan, require_keepable
 from moezip.plan.price import expert_prices, predicted_nats, priced
 from moezip.plan.recoded import Recoded
 from moezip.registry import Method, lookup, parse_params
+from moezip.report.card import made_by, model_card, span
 from moezip.report.report import Report, peak_rss_bytes
 
 if TYPE_CHECKING:
@@ -473,9 +474,12 @@ def write_plan(
     finished: list[Report] = []
     before = clock.seconds
 
-    def report() -> str:
+    def made() -> Report:
         stages = {**clock.stages, "write": clock.seconds - before}
-        finished.append(_report(source, applied, out, clock.seconds, stages, stats, notes))
+        return _report(source, applied, out, clock.seconds, stages, stats, notes)
+
+    def report() -> str:
+        finished.append(made())
         return finished[-1].to_json()
 
     with clock.stage("write"):
@@ -483,7 +487,7 @@ def write_plan(
             applied,
             plan,
             out,
-            text=card(applied),
+            text=None if applied.changes_nothing else card_of(source, applied, made()),
             report=report,
             command=common.command,
             overwrite=common.overwrite,
@@ -492,6 +496,33 @@ def write_plan(
     return replace(
         finished[-1], seconds=clock.seconds, stages=dict(clock.stages), peak_rss_bytes=peak_rss_bytes()
     )  # fmt: skip
+
+
+def card_of(source: Source, applied: Planned, report: Report) -> str:
+    """The model card of what a plan made."""
+    plan = applied.plan
+    width = applied.architecture.layer_facts(applied.source_config)[0].width
+    widths = [each for layer in plan.layers for each in layer.widths(width)]
+    layers = f"{plan.layers[0].experts} routed experts in each of {len(plan.layers)} MoE layers"
+    kept = f"{span(report.experts_after)} of {layers}"
+    if plan.merges:
+        kept = f"{layers} were merged into {span(report.experts_after)}, which"
+    elif not all(layer.whole for layer in plan.layers):
+        kept += f", {span(widths)} of {width} neurons in an expert"
+    how = made_by(f"method `{report.method}`" if report.method else "a saved plan")
+    text = [
+        f"{how}: {kept} are left. What was kept, the scores and the "
+        "data it was chosen with are in `moezip/plan.json`; sizes and timings in `moezip/report.json`."
+    ]
+    if isinstance(applied, Applied) and applied.stored_note:
+        text += ["", f"Stored codes: {applied.stored_note}."]
+    if isinstance(applied, Substituted):
+        text += [
+            "",
+            "The routers are the source's own and still choose among all experts. A dropped one adds nothing, and the "
+            "gates of the others do not grow in its place.",
+        ]
+    return model_card(source, applied, report, "merged" if plan.merges else "pruned", text)
 
 
 def _report(

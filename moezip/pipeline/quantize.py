@@ -14,7 +14,7 @@ from moezip.arch.packing import Packing
 from moezip.checkpoint.reader import Checkpoint
 from moezip.checkpoint.source import Source
 from moezip.errors import PlanError, UsageError
-from moezip.export.stock import tensor_bytes, with_source_card, write_checkpoint
+from moezip.export.stock import tensor_bytes, write_checkpoint
 from moezip.formats.fp8_block import block_size
 from moezip.formats.packed import Grid
 from moezip.pipeline.calibrate import forget, require_files, work_folder
@@ -29,6 +29,7 @@ from moezip.progress import Progress
 from moezip.quantize.hessian import PRIOR
 from moezip.quantize.settings import StorageParams, split_settings
 from moezip.registry import Method, lookup
+from moezip.report.card import made_by, model_card
 from moezip.report.report import Report, peak_rss_bytes
 
 if TYPE_CHECKING:
@@ -40,15 +41,6 @@ if TYPE_CHECKING:
 
 
 NO_PRICE = "there is no price without gradients: use --allocate lp"
-LOADS = (
-    "It loads with moezip installed:",
-    "",
-    "```python",
-    "import moezip",
-    "from transformers import AutoModelForCausalLM",
-    'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
-    "```",
-)
 WORK = "quantize"
 # Allocators that read text, whatever the solver reads.
 READ_TEXT = ("lp", "pmq", "block")
@@ -417,7 +409,7 @@ def apply_packed(model: Opened, plan: Plan, plan_file: Path, out: Path, common: 
         else:
             split = Applied(plain, plan, split=True)
         packed = Packed(split, plan.packing, values)
-        about = About(str(plan.made_by.get("method", "a saved plan")), model)
+        about = About(str(plan.made_by.get("method", "a saved plan")), model, nats=plan.made_by.get("predicted_nats"))
         return write_packed(about, plan, packed, out, common, clock, [])
 
 
@@ -524,30 +516,31 @@ def write_packed(
     finished: list[Report] = []
     before = clock.seconds
 
-    def report() -> str:
+    def made() -> Report:
         stages = {**clock.stages, "write": clock.seconds - before}
-        finished.append(
-            Report(
-                out=str(out),
-                bytes_before=tensor_bytes(source),
-                bytes_after=tensor_bytes(view),
-                bits_per_weight=bits_per_weight(packed),
-                experts_before=[layer.experts for layer in plan.layers],
-                experts_after=[len(layer.picks) for layer in plan.layers],
-                predicted_nats=about.nats,
-                predicted_nats_reason=None if about.nats is not None else NO_PRICE,
-                seconds=clock.seconds,
-                peak_rss_bytes=peak_rss_bytes(),
-                stages=stages,
-                method=about.method,
-                settings=plan.made_by.get("settings", {}),
-                source=str(source.folder),
-                statistics={each["name"]: each["tokens"] for each in plan.made_by.get("domains", [])},
-                stock=False,
-                form=form,
-                notes=[*notes, *warnings],
-            )
+        return Report(
+            out=str(out),
+            bytes_before=tensor_bytes(source),
+            bytes_after=tensor_bytes(view),
+            bits_per_weight=bits_per_weight(packed),
+            experts_before=[layer.experts for layer in plan.layers],
+            experts_after=[len(layer.picks) for layer in plan.layers],
+            predicted_nats=about.nats,
+            predicted_nats_reason=None if about.nats is not None else NO_PRICE,
+            seconds=clock.seconds,
+            peak_rss_bytes=peak_rss_bytes(),
+            stages=stages,
+            method=about.method,
+            settings=plan.made_by.get("settings", {}),
+            source=str(source.folder),
+            statistics={each["name"]: each["tokens"] for each in plan.made_by.get("domains", [])},
+            stock=False,
+            form=form,
+            notes=[*notes, *warnings],
         )
+
+    def report() -> str:
+        finished.append(made())
         return finished[-1].to_json()
 
     with clock.stage("write"):
@@ -555,7 +548,7 @@ def write_packed(
             view,
             plan,
             out,
-            text=card_of(about, plan, packed),
+            text=card_of(about, plan, packed, view, made()),
             report=report,
             command=common.command,
             overwrite=common.overwrite,
@@ -580,20 +573,15 @@ def readable(packed: Packed, reader: str | None) -> tuple[Source, Form, tuple[st
     return export.view, export.form, export.warnings
 
 
-def card_of(about: About, plan: Plan, packed: Packed) -> str:
+def card_of(about: About, plan: Plan, packed: Packed, view: Source, report: Report) -> str:
     """The model card of a packed checkpoint."""
-    lines = [
-        f"Made by moezip {__version__}, solver `{about.method}`: {len(plan.packing)} matrices are stored in "
-        f"{bits_per_weight(packed):.2f} bits per weight, scales and zeros counted. Which, and on what text they were "
-        "solved, is in `moezip/plan.json`; sizes and timings are in `moezip/report.json`.",
-        "",
-        *LOADS,
-    ]
-    if about.reader not in (None, "moezip"):
-        lines[-len(LOADS) :] = [
-            f"Its codes lie as compressed-tensors names them, for {about.reader}; `moezip.load` reads them too.",
-        ]
-    return with_source_card(packed.folder, f"{about.model.architecture.name}, quantized", lines)
+    made = made_by(f"solver `{about.method}`")
+    text = (
+        f"{made}: {len(plan.packing)} matrices are stored in {bits_per_weight(packed):.2f} bits per weight, scales and "
+        "zeros counted. Which, and on what text they were solved, is in `moezip/plan.json`; sizes and timings are in "
+        "`moezip/report.json`."
+    )
+    return model_card(about.model.source, view, report, "quantized", [text])
 
 
 def bits_per_weight(packed: Packed) -> float:

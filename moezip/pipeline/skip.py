@@ -8,15 +8,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moezip import __version__
 from moezip.arch.layout import own_format
 from moezip.errors import ArchitectureError, UsageError
-from moezip.export.skipping import WithSkipping, how_to_load
-from moezip.export.stock import PLAN, tensor_bytes, with_source_card, write_checkpoint
+from moezip.export.skipping import WithSkipping, explained
+from moezip.export.stock import PLAN, tensor_bytes, write_checkpoint
 from moezip.pipeline.calibrate import forget, require_files, resumable, work_folder
 from moezip.pipeline.common import Clock, Common, Opened, opened, refuse_output
 from moezip.progress import Progress
 from moezip.registry import Method, lookup, parse_params
+from moezip.report.card import made_by, model_card
 from moezip.report.overview import overview
 from moezip.report.report import Report, peak_rss_bytes
 from moezip.runtime.skipping import MASKS, Skipping, masks_bytes
@@ -157,9 +157,9 @@ def write_skip(prepared: PreparedSkip, learnt: Learnt, job: SkipJob, out: Path, 
     """Writes the checkpoint with its rule; its report."""
     source = prepared.model.source
     finished: list[Report] = []
-    title = f"{prepared.model.architecture.name}, skipping experts"
-    made = f"Made by moezip {__version__}: `moezip skip --rule {prepared.method.name}`."
-    lines = [made, "", *how_to_load(learnt.skipping, own_format(source.config))]
+    view = WithSkipping(source, learnt.skipping)
+    lines = [f"{made_by(f'`moezip skip --rule {prepared.method.name}`')}.", "", *explained(learnt.skipping)]
+    card = model_card(source, view, _report(prepared, learnt, job, out, clock), "skipping experts", lines)
 
     def report() -> str:
         finished.append(_report(prepared, learnt, job, out, clock))
@@ -168,10 +168,10 @@ def write_skip(prepared: PreparedSkip, learnt: Learnt, job: SkipJob, out: Path, 
     plan = source.folder / PLAN
     with clock.stage("write"):
         write_checkpoint(
-            WithSkipping(source, learnt.skipping),
+            view,
             None,
             out,
-            text=with_source_card(source.folder, title, lines),
+            text=card,
             report=report,
             command=common.command,
             extra={**({PLAN: plan.read_bytes()} if plan.is_file() else {}), **learnt.extra},
