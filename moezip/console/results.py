@@ -51,6 +51,23 @@ def show_overview(name: str, seen: Overview) -> None:
             **{f"size with {what}": console.size(count) for what, count in list(seen.fits.items())[1:]},
         },
     )
+    _show_fits(seen.fits_in)
+
+
+def _show_fits(found: Mapping[str, Any]) -> None:
+    """Bytes at fewer bits and with fewer experts, and which memory of this machine holds them."""
+    memory: Mapping[str, int] = found["memory"]
+    names = [f"{name if name != 'ram' else 'memory'}, {console.size(size)}" for name, size in memory.items()]
+    rows = [
+        (
+            f"{row['bits']:g} bits" + (", half the experts" if row["experts"] < 1 else ""),
+            console.size(row["bytes"]),
+            *("fits" if row["fits"][name] else "too big" for name in memory),
+        )
+        for row in found["choices"]
+    ]
+    title = f"fits in {found['room']:.0%} of this machine's memory (scales counted; embeddings and routers in 16 bits)"
+    console.table(title, ("weights in", "size", *names), rows)
 
 
 def _quantized(seen: Overview) -> dict[str, str]:

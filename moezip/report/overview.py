@@ -12,6 +12,7 @@ from moezip.arch.layout import tripwire_of
 from moezip.arch.mone import Substitution
 from moezip.arch.spec import LayerFacts
 from moezip.checkpoint.source import Source
+from moezip.report import fitting
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,8 @@ class Overview:
         dtype: of most bytes.
         quantized_parameters: those stored as codes. bits_per_weight: that each of them takes, scales, zeros and padding
             counted; None where there are none. grids: how many matrices are packed on each grid, widest first.
-        fits: bytes by what could be done: experts at half their number, weights at fewer bits.
+        fits: bytes as it is stored, and with fewer of its experts. fits_in: bytes at other bits, and which of this
+            machine's memories hold them (``moezip.report.fitting``).
     """
 
     architecture: str
@@ -52,6 +54,7 @@ class Overview:
     grids: dict[str, int]
     routed: int | None
     fits: dict[str, int]
+    fits_in: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -73,6 +76,8 @@ def overview(source: Source) -> Overview:
     for spec in (plain.spec(name) for name in plain.names() if name != trip):
         kind = entry.claim(spec.name, config).kind
         sizes["experts" if kind in ("expert", "fused") else kind] += spec.elements
+        if kind == "other" and f"{entry.layers}." in spec.name and len(spec.shape) == 2:
+            sizes["matrices"] += spec.elements
         _, _, rest = spec.name.partition(f"{entry.layers}.")
         if rest and kind != "extra":
             layer_sizes[rest.partition(".")[0]] += spec.bytes
@@ -81,7 +86,10 @@ def overview(source: Source) -> Overview:
         bytes_by_dtype[spec.dtype] += spec.bytes
     total = sum(spec.bytes for spec in stored)
     expert_bytes = sum(spec.bytes for spec in stored if kinds[spec.name] in ("expert", "fused"))
+    matrices = sizes.pop("matrices", 0)
     parameters, in_experts = sum(sizes.values()), sizes["experts"]
+    memory = fitting.memories()
+    fits_in = fitting.choices(in_experts, matrices, parameters - in_experts - matrices, memory)
     share = facts[0].top_k / facts[0].experts
     coded = list(plain.stored.values()) if isinstance(plain, Decoded) else []
     weights = sum(each.plain.elements for each in coded)
@@ -115,4 +123,5 @@ def overview(source: Source) -> Overview:
             "half the experts": total - expert_bytes // 2,
             "a quarter of the experts": total - expert_bytes * 3 // 4,
         },
+        fits_in=fitting.to_json(fits_in, memory),
     )
