@@ -201,7 +201,9 @@ class Chooser:
         table = self._prices(stats)
         if wanted.allocate == "pmq":
             return self._pmq(self._pmq_costs(stats, table), table)
-        return self._lp(self._drops(stats), table, wanted.granularity)
+        prices = self._expert_prices(stats)
+        found = self._lp(prices if wanted.params.drops else None, table, wanted.granularity)
+        return replace(found, plan=scored(found.plan, prices))
 
     def forecast(self) -> Widths:
         """What the choice would come to if every weight mattered alike, from headers alone.
@@ -272,10 +274,8 @@ class Chooser:
             )
         return self.wanted.size - rest
 
-    def _drops(self, stats: Statistics) -> dict[int, Any] | None:
-        """Per layer, the price of each expert's going; None where none may go."""
-        if not self.wanted.params.drops:
-            return None
+    def _expert_prices(self, stats: Statistics) -> dict[int, Any]:
+        """Per layer, [E], the price of each expert's going."""
         each = [expert_prices(domain) for domain in stats.domains]
         return {fact.layer: np.mean([prices[fact.layer] for prices in each], axis=0) for fact in self.model.facts}
 
@@ -426,6 +426,14 @@ def _allowed(nats: Mapping[Form, float], bits: int) -> dict[Form, float]:
         widths = sorted(UNPACKED if form is None else form.bits for form in nats)
         raise UsageError(f"{bits} bits are not priced", next=f"use one of {', '.join(map(str, widths))}")
     return chosen
+
+
+def scored(plan: Plan, prices: Mapping[int, Any]) -> Plan:
+    """The plan with the experts' prices as their scores, for its reader; as it is where others were chosen before."""
+    if any(len(prices[layer.layer]) != layer.experts for layer in plan.layers):
+        return plan
+    layers = (replace(layer, scores=tuple(float(price) for price in prices[layer.layer])) for layer in plan.layers)
+    return replace(plan, layers=tuple(layers))
 
 
 def without(plan: Plan, dropped: Mapping[int, Sequence[int]], facts: Sequence[LayerFacts]) -> tuple[Plan, Any]:
