@@ -89,6 +89,10 @@ def test_what_was_measured_gets_into_the_card(cli: Cli, source: Path, tmp_path: 
     assert "| all | 400 | 2.7500 | 2.2500 | +0.5000 |" in card
     assert "Not measured yet" not in card and "2026-11-29" in card
     assert cli("verify", out).code == 0
+    bounded = evaluation(0.5)
+    bounded["against"] |= {"rise_low": 0.4, "rise_high": 0.625}
+    save(out, bounded)
+    assert refresh_card(out) and "| +0.4000 to +0.6250 |" in (out / "README.md").read_text()
     # the last one against a reference counts, whatever came after it
     save(out, evaluation(0.5), evaluation(0.25), evaluation(0.125, against=False))
     assert refresh_card(out) and "+0.2500 |" in (out / "README.md").read_text()

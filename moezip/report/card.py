@@ -146,13 +146,18 @@ def _section(found: Measured | None) -> list[str]:
         command = "moezip evaluate path/to/this/folder --against SOURCE --data TEXT --save"
         return [BEGIN, f"Not measured yet; `{command}` does, and writes it here.", END]
     compared = found.rise is not None
-    head = "| text | tokens | loss |" + (" source | rise |" if compared else "")
+    bounded = any(row.likely for row in found.rows())
+    head = (
+        "| text | tokens | loss |" + (" source | rise |" if compared else "") + (" rise at 95 % |" if bounded else "")
+    )
     lines = [BEGIN, f"Measured in nats per token{f', {found.when}' if found.when else ''}:", ""]
-    lines += [head, "|---|---:|---:|" + ("---:|---:|" if compared else "")]
+    lines += [head, "|---|---:|---:|" + ("---:|---:|" if compared else "") + ("---:|" if bounded else "")]
     for row in found.rows():
         cells = f"| {row.name} | {row.tokens:,} | {row.nll:.4f} |"
         if row.source is not None:
             cells += f" {row.source:.4f} | {row.nll - row.source:+.4f} |"
+        if bounded:
+            cells += f" {row.likely[0]:+.4f} to {row.likely[1]:+.4f} |" if row.likely else " |"
         lines.append(cells)
     if found.kl is not None:
         lines += ["", f"KL divergence from the source {found.kl:.4f}; the same likeliest token {found.top1:.1%}."]

@@ -18,13 +18,19 @@ BESIDE = ".evaluate.json"  # what `moezip run` leaves beside a job's folder
 
 @dataclass(frozen=True, slots=True)
 class Domain:
-    """Losses on one text, nats per token. ``source``: the source's on the same tokens; None where not compared."""
+    """Losses on one text, nats per token.
+
+    Attributes:
+        source: the source's on the same tokens; None where not compared.
+        likely: from where to where the rise lies at 95 %; None where the evaluation does not say.
+    """
 
     name: str
     nll: float
     tokens: int
     source: float | None = None
     kl: float | None = None
+    likely: tuple[float, float] | None = None
 
     @property
     def rise(self) -> float | None:
@@ -38,7 +44,7 @@ class Measured:
     Attributes:
         domains: by text. nll: over all of them, each token counting once; source: the reference's, None without one.
         kl, top1: mean divergence from the reference, and share of tokens whose likeliest one is the same.
-        tasks: per task ``accuracy`` and ``n``. when, command, against: provenance; empty where not saved.
+        likely: as of a text. tasks: per task ``accuracy`` and ``n``. when, command, against: provenance; empty where not saved.
     """
 
     domains: tuple[Domain, ...]
@@ -51,6 +57,7 @@ class Measured:
     command: str = ""
     against: str = ""
     seq_len: int | None = None
+    likely: tuple[float, float] | None = None
 
     @property
     def rise(self) -> float | None:
@@ -73,7 +80,7 @@ class Measured:
         """For a table: one per text and, where there are several, one named ``all``."""
         rows = list(self.domains)
         if len(rows) > 1 and self.nll is not None:
-            rows.append(Domain("all", self.nll, self.tokens, self.source, self.kl))
+            rows.append(Domain("all", self.nll, self.tokens, self.source, self.kl, self.likely))
         return rows
 
     @classmethod
@@ -86,6 +93,7 @@ class Measured:
                 str(name), _number(each["nll"]), int(each["tokens"]),
                 _number(sources[name]["nll"]) if name in sources else None,
                 _number(sources[name]["kl"]) if name in sources else None,
+                _likely(sources[name]) if name in sources else None,
             )
             for name, each in data["by_file"].items()
         )  # fmt: skip
@@ -101,7 +109,13 @@ class Measured:
             str(data.get("command") or ""),
             str(data.get("against_path") or ""),
             data.get("seq_len"),
+            _likely(against),
         )
+
+
+def _likely(compared: Mapping[str, Any]) -> tuple[float, float] | None:
+    ends = compared.get("rise_low"), compared.get("rise_high")
+    return None if None in ends else (_number(ends[0]), _number(ends[1]))
 
 
 def _number(value: Any) -> float:
@@ -127,10 +141,15 @@ def evaluations_of(folder: Path) -> tuple[Measured, ...]:
                 next="use a newer moezip, or measure again (moezip evaluate --save)",
             )  # fmt: skip
         return parsed(data.get("evaluations"), own)
-    if beside.is_file():
-        data = _read(beside)
-        return parsed(data.get("evaluations") if isinstance(data, dict) else None, beside)
-    return ()
+    return beside_of(beside)
+
+
+def beside_of(file: Path) -> tuple[Measured, ...]:
+    """What `moezip run` saved of one job; nothing where there is no such file. Raises CheckpointError if damaged."""
+    if not file.is_file():
+        return ()
+    data = _read(file)
+    return parsed(data.get("evaluations") if isinstance(data, dict) else None, file)
 
 
 def parsed(entries: Any, where: Path) -> tuple[Measured, ...]:
