@@ -13,7 +13,7 @@ import pytest
 from tests.command import Cli, files_of, model_files, process, tree, write_text
 
 COMMANDS = (
-    "inspect", "methods", "architectures", "verify", "calibrate", "prune", "apply", "evaluate", "run", "demo",
+    "inspect", "methods", "architectures", "verify", "calibrate", "prune", "apply", "evaluate", "report", "run", "demo",
     "tasks",
 )  # fmt: skip
 TOKENS = 512

@@ -365,6 +365,7 @@ class Stream:
         Args:
             most: as of ``steps``.
         """
+
         def step(start: int, stop: int) -> list[dict[str, Array]]:
             return self._step(index, rows, states, start, stop, capture)
 

@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from moezip import __version__, console
-from moezip.cli import batch, compress, look, measure, tasks, write
+from moezip.cli import batch, compress, look, measure, report, tasks, write
 from moezip.errors import MoezipError
 
 
@@ -69,6 +69,7 @@ COMMANDS: tuple[tuple[str, Callable[..., None]], ...] = (
     ("apply", write.apply),
     ("export", write.export),
     ("evaluate", measure.evaluate),
+    ("report", report.report),
     ("run", batch.run),
     ("demo", batch.demo),
 )
