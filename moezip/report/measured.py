@@ -44,7 +44,8 @@ class Measured:
     Attributes:
         domains: by text. nll: over all of them, each token counting once; source: the reference's, None without one.
         kl, top1: mean divergence from the reference, and share of tokens whose likeliest one is the same.
-        likely: as of a text. tasks: per task ``accuracy`` and ``n``. when, command, against: provenance; empty where not saved.
+        likely: as of a text. tasks: per task ``accuracy`` and ``n``. when, command, against: provenance; empty where
+            not saved.
     """
 
     domains: tuple[Domain, ...]
