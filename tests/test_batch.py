@@ -166,9 +166,9 @@ def test_only_what_changed_runs_again(
 def test_an_interrupted_batch_goes_on(
     run: Callable[..., Any], recipe: Recipe, passes: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moezip.pipeline import batch
+    from moezip.pipeline.batch import jobs
 
-    write = batch.write_plan
+    write = jobs.write_plan
 
     def second_job(source: Any, plan: Any, out: Path, *rest: Any, **options: Any) -> Any:
         if out.name == "wide":
@@ -176,7 +176,7 @@ def test_an_interrupted_batch_goes_on(
         return write(source, plan, out, *rest, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(batch, "write_plan", second_job)
+        patched.setattr(jobs, "write_plan", second_job)
         answer = run(recipe)
     assert answer.code == 130
     assert "finished jobs and statistics are kept: the same command again" in answer.err
