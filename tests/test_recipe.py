@@ -165,7 +165,6 @@ def test_needs_order_the_jobs_and_otherwise_the_file_does(write):
         ("  half:\n", "  half:\n    needs: [other]\n", 7, ["needs 'other', which is not there"]),
         ("  half:\n", "  half:\n    needs: [half]\n", 7, ["half -> half"]),
         ("  half:\n", "  ../half:\n", 6, ["'../half' cannot be a name", "names of folders"]),
-        ("  half:\n", "  half:\n    sweep: {ratio: [0.25]}\n", 7, ["'sweep' comes in a later", "one job per value"]),
         ("      - evaluate:", "      - fit:", 12, ["'fit' comes in a later version"]),
         ("      - evaluate:", "      - evalute:", 12, ["unknown key 'evalute'", "did you mean 'evaluate'?"]),
         ("          ratio: 0.5\n", "          ratio: 0.5\n          ratio: 0.25\n", 11, ["is there twice", "line 10"]),
@@ -214,3 +213,153 @@ def test_what_is_not_a_mapping_is_refused(write, text):
 
 def test_a_missing_file_is_told(tmp_path):
     assert "cannot read the recipe" in str(refusal(tmp_path / "none.yaml"))
+
+
+def test_a_fault_is_told_with_its_column(write):
+    for old, new, column in (
+        ("ratio: 0.5", "ration: 0.5", 11),
+        ("{data: code.txt, tokens: 512}", "{data: code.txt, token: 512}", 26),
+        ("version: 1\n", "version: 1\n  model: [\n", 8),
+    ):
+        assert re.search(rf"line \d+, column {column}\b", str(refusal(write(SMALL.replace(old, new)))))
+
+
+# -- sweeps -------------------------------------------------------------------------------------------------
+
+SWEEP = """\
+version: 1
+model: demo
+calibration:
+  code: {data: code.txt, tokens: 512}
+  math: {data: code.txt, tokens: 512}
+jobs:
+  grid:
+    sweep:
+      ratio: [0.25, 0.5]
+      method: [reap, easy-ep]
+    steps:
+      - prune: {calibration: code}
+      - quantize: {bits: 4}
+  last:
+    needs: grid
+    steps: [{evaluate: {data: code.txt}}]
+"""
+
+
+def test_a_sweep_is_one_job_per_combination(write):
+    recipe = load(write(SWEEP))
+    names = ["grid-ratio0.25-reap", "grid-ratio0.25-easy-ep", "grid-ratio0.5-reap", "grid-ratio0.5-easy-ep"]
+    assert list(recipe.jobs) == [*names, "last"]
+    prunes = [recipe.jobs[name].steps[0].action for name in names]
+    assert [(prune.ratio, prune.method) for prune in prunes] == [
+        (0.25, "reap"), (0.25, "easy-ep"), (0.5, "reap"), (0.5, "easy-ep"),
+    ]  # fmt: skip
+    assert all(prune.calibration == ("code",) for prune in prunes)
+    assert recipe.jobs["last"].needs == tuple(names) and recipe.sweeps == {"grid": tuple(names)}
+
+
+@pytest.mark.parametrize(
+    ("sweep", "names", "key", "values"),
+    [
+        ("{steps.1.quantize.bits: [4, 2.5]}", ["bits4", "bits2.5"], (1, "bits"), [4, 2.5]),
+        ("{quantize.bits: [4]}", ["bits4"], (1, "bits"), [4]),
+        ("{prune.calibration: [code, [code, math]]}", ["code", "code-math"], (0, "calibration"),
+         [("code",), ("code", "math")]),
+        ("{bits: {small: 2, large: 8}}", ["small", "large"], (1, "bits"), [2, 8]),
+        ("[{bits: 4, method: reap}, {bits: 3, method: nats}]", ["bits4-reap", "bits3-nats"], (1, "bits"), [4, 3]),
+        ("{quantize.settings.symmetric: [true, false]}", ["symmetric", "no-symmetric"], (1, "settings"),
+         [{"symmetric": True}, {"symmetric": False}]),
+    ],
+)  # fmt: skip
+def test_keys_and_values_of_a_sweep(write, sweep, names, key, values):
+    text = SWEEP.replace("\n      ratio: [0.25, 0.5]\n      method: [reap, easy-ep]", f" {sweep}")
+    text = text.replace("prune: {calibration: code}", "prune: {method: reap, ratio: 0.5, calibration: code}")
+    recipe = load(write(text))
+    assert list(recipe.jobs) == [*(f"grid-{name}" for name in names), "last"]
+    step, field = key
+    found = [getattr(recipe.jobs[name].steps[step].action, field) for name in recipe.sweeps["grid"]]
+    assert found == values
+
+
+def test_what_a_sweep_dumps_reads_back_equal(write, tmp_path):
+    recipe = load(write(SWEEP))
+    (tmp_path / "resolved.yaml").write_text(dump(recipe))
+    assert load(tmp_path / "resolved.yaml") == recipe
+
+
+def test_whole_steps_can_be_swept_over(write):
+    steps = "{steps.0: {cut: {prune: {method: reap, ratio: 0.5}}, joined: {merge: {method: m-smoe, ratio: 0.5}}}}"
+    text = SWEEP.replace("\n      ratio: [0.25, 0.5]\n      method: [reap, easy-ep]", f" {steps}")
+    recipe = load(write(text))
+    assert [recipe.jobs[name].steps[0].verb for name in ("grid-cut", "grid-joined")] == ["prune", "merge"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "words"),
+    [
+        ("ratio:", "ration:", 9, ["has a 'ration'", "did you mean 'ratio'?"]),
+        ("ratio:", "prune.ration:", 9, ["has a 'ration'", "did you mean 'ratio'?"]),
+        ("ratio:", "steps.0.prune.ration:", 9, ["'ration' of prune", "did you mean 'ratio'?"]),
+        ("ratio:", "steps.0.pruen.ratio:", 9, ["no 'pruen'", "did you mean 'prune'?"]),
+        ("ratio:", "steps.7.prune.ratio:", 9, ["has 2 steps", "from 0 to 1"]),
+        ("ratio:", "settings:", 9, ["steps.0.prune.settings or steps.1.quantize.settings"]),
+        ("[0.25, 0.5]", "[]", 9, ["has no values"]),
+        ("[0.25, 0.5]", "0.25", 9, ["has no values", "ratio: [0.25, ...]"]),
+        ("[0.25, 0.5]", "[0.25, 1.5]", 9, ["ratio is 1.5", "less than 1", "grid-ratio1.5-reap"]),
+        ("[0.25, 0.5]", "[0.25, 0.25]", 8, ["two jobs would be called 'grid-ratio0.25-reap'"]),
+        ("[reap, easy-ep]", "[reap, easy-eb]", 10, ["'easy-eb'", "did you mean 'easy-ep'?"]),
+        ("[reap, easy-ep]", f"[{', '.join(f'm{i}' for i in range(251))}]", 8, ["makes 502 jobs (2 x 251)"]),
+        ("{calibration: code}", "{calibratoin: code}", 12, ["'calibratoin'", "did you mean 'calibration'?"]),
+        ("  last:", "  grid-ratio0.5-reap:", 8, ["two jobs would be called"]),
+        ("    needs: grid\n", "    needs: gird\n", 15, ["'gird', which is not there"]),
+        ("    needs: grid\n", "    model: job:grid\n", 15, ["is a sweep of 4 jobs", "grid-ratio0.25-reap"]),
+    ],
+)  # fmt: skip
+def test_a_fault_in_a_sweep_is_told_where_it_stands(write, old, new, line, words):
+    message = str(refusal(write(SWEEP.replace(old, new, 1))))
+    for word in words:
+        assert word in message
+    assert re.search(rf"line {line}\b", message.split("where:")[1])
+
+
+def test_set_reaches_a_sweep(write):
+    recipe = load(write(SWEEP), {"jobs.grid.sweep.ratio": "[0.75]"})
+    assert list(recipe.sweeps["grid"]) == ["grid-ratio0.75-reap", "grid-ratio0.75-easy-ep"]
+    assert "--set jobs." in str(refusal(write(SWEEP), {"jobs.grid.sweep.ratio": "[7]"}))
+
+
+# -- jobs on jobs, and exports ------------------------------------------------------------------------------
+
+
+def test_a_job_can_work_on_what_another_made(write):
+    after = "  packed: {model: job:half, steps: [{quantize: {bits: 4}}, {export: {to: gptq, for: vllm}}]}\n"
+    again = "  again: {model: job:packed, steps: [{evaluate: {data: code.txt, against: source}}]}\n"
+    recipe = load(write(SMALL.replace("jobs:\n", "jobs:\n" + again + after)))
+    assert recipe.jobs["packed"].needs == ("half",) and recipe.order() == ["half", "packed", "again"]
+    assert recipe.source_of("again") == recipe.model == recipe.jobs["again"].steps[0].action.against
+    export = recipe.jobs["packed"].steps[1].action
+    assert export.to == "gptq" and export.reader == "vllm"
+
+
+@pytest.mark.parametrize(
+    ("job", "words"),
+    [
+        ("{model: job:hafl, steps: [{quantize: {bits: 4}}]}", ["works on 'hafl'", "did you mean 'half'?"]),
+        ("{model: job:more, steps: [{quantize: {bits: 4}}]}", ["more -> more"]),
+        ("{steps: [{export: {to: gpqt}}]}", ["unknown format 'gpqt'", "did you mean 'gptq'?"]),
+        ("{steps: [{export: {to: gptq, for: vlm}}]}", ["unknown reader 'vlm'", "did you mean 'vllm'?"]),
+        ("{steps: [{export: {to: gptq}}, {export: {to: gptq}}]}", ["'more.gptq' in the output folder"]),
+        ("{steps: [{export: {too: gptq}}]}", ["unknown key 'too'", "did you mean 'to'?"]),
+        ("{steps: [{prune: {method: reap, ratio: 0.5, four: vllm}}]}", ["unknown key 'four'", "mean 'for'?"]),
+    ],
+)
+def test_what_is_refused_of_jobs_on_jobs_and_exports(write, job, words):
+    message = str(refusal(write(SMALL.replace("jobs:\n", f"jobs:\n  more: {job}\n"))))
+    for word in words:
+        assert word in message
+
+
+def test_names_that_the_output_folder_needs_are_refused(write):
+    for name in ("statistics", "work", "summary.csv", "half.evaluate.json"):
+        text = SMALL.replace("jobs:\n", f"jobs:\n  {name}: {{steps: [{{evaluate: {{data: code.txt}}}}]}}\n")
+        assert "in the output folder" in str(refusal(write(text)))

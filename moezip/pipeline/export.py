@@ -12,6 +12,7 @@ from moezip.arch.layout import Layout
 from moezip.checkpoint.source import Source
 from moezip.errors import PlanError, UsageError
 from moezip.export.dense import dense
+from moezip.export.formats import COMPRESSED, FORMATS, GGUF, GPTQ, SAFETENSORS
 from moezip.export.packed import as_compressed_tensors, as_gptq, codes_of, misread, unread
 from moezip.export.readers import READERS
 from moezip.export.remade import stock_config
@@ -23,13 +24,6 @@ from moezip.report.overview import overview
 from moezip.report.report import Report, peak_rss_bytes
 
 Form = Literal["stock", "moezip", "mone", "compressed-tensors", "gptq"]
-SAFETENSORS, COMPRESSED, GPTQ, GGUF = "safetensors", "compressed-tensors", "gptq", "gguf"
-FORMATS = {
-    SAFETENSORS: "plain numbers, which every loader reads",
-    COMPRESSED: "the same codes as compressed-tensors names them, for vLLM and SGLang",
-    GPTQ: "the same codes as AutoGPTQ and GPTQModel lay them out, 4 or 8 bits",
-    GGUF: "llama.cpp's own file",
-}
 
 
 @dataclass(frozen=True, slots=True)

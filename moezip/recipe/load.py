@@ -12,15 +12,28 @@ from pydantic import BaseModel, ValidationError
 
 from moezip import demo
 from moezip.errors import DataError, RecipeError, UsageError
-from moezip.recipe.shape import Action, Calibrate, Calibration, Evaluate, Job, Merge, Prune, Quantize, Recipe, Step
+from moezip.recipe.shape import (
+    JOB,
+    RESERVED,
+    VERBS,
+    Action,
+    Calibration,
+    Evaluate,
+    Export,
+    Job,
+    Merge,
+    Prune,
+    Quantize,
+    Recipe,
+    Step,
+    keys_of,
+)
+from moezip.recipe.sweep import expand
 from moezip.recipe.text import Loc, Places, parse, put
 from moezip.registry import did_you_mean, lookup, parse_params
 
 # Things that people will look for here; saying "unknown key" would leave them guessing.
-LATER = {
-    "sweep": "write one job per value",
-    "fit": "this version calibrates, prunes, merges, quantizes and evaluates",
-}
+LATER = {"fit": "this version calibrates, prunes, merges, quantizes, evaluates and exports"}
 
 
 def load(path: Path | str, overrides: Mapping[str, str] | None = None) -> Recipe:
@@ -41,6 +54,7 @@ def load(path: Path | str, overrides: Mapping[str, str] | None = None) -> Recipe
         raise RecipeError(f"cannot read the recipe: {error}", where=path, next="check the path") from error
     raw, node = parse(text, path)
     places = Places(path, node, tuple(put(raw, key, value) for key, value in (overrides or {}).items()))
+    expand(raw, places)
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
@@ -67,9 +81,8 @@ def dump(recipe: Recipe) -> str:
             return packaged.get(value, value)
         return value
 
-    return yaml.safe_dump(
-        portable(recipe.model_dump(mode="json", exclude_none=True)), sort_keys=False, allow_unicode=True, width=120
-    )
+    record = portable(recipe.model_dump(mode="json", exclude_none=True, by_alias=True))
+    return yaml.safe_dump(record, sort_keys=False, allow_unicode=True, width=120)
 
 
 # -- errors of shape ----------------------------------------------------------------------------------------
@@ -77,9 +90,6 @@ def dump(recipe: Recipe) -> str:
 
 def _record_at(loc: Sequence[str | int]) -> type[BaseModel] | None:
     """Which record the keys below ``loc`` belong to."""
-    verbs: dict[object, type[BaseModel]] = {
-        "calibrate": Calibrate, "prune": Prune, "merge": Merge, "quantize": Quantize, "evaluate": Evaluate,
-    }  # fmt: skip
     match tuple(loc):
         case ():
             return Recipe
@@ -90,7 +100,7 @@ def _record_at(loc: Sequence[str | int]) -> type[BaseModel] | None:
         case ("jobs", _, "steps", _):
             return Step
         case ("jobs", _, "steps", _, verb):
-            return verbs.get(verb)
+            return VERBS.get(str(verb))
     return None
 
 
@@ -99,7 +109,7 @@ def _explained(error: ValidationError, places: Places) -> RecipeError:
     # a mistyped key is missing under its right name, too, and that is the lesser help
     faults = sorted(
         error.errors(),
-        key=lambda fault: (fault["type"] == "missing", places.line(fault["loc"]), len(fault["loc"])),
+        key=lambda fault: (fault["type"] == "missing", places.mark(fault["loc"]), len(fault["loc"])),
     )
     fault = faults[0]
     loc: Loc = fault["loc"]
@@ -109,7 +119,7 @@ def _explained(error: ValidationError, places: Places) -> RecipeError:
         what, hint = f"{name!r} comes in a later version of moezip", LATER[name]
     elif kind == "extra_forbidden":
         record = _record_at(loc[:-1])
-        known = list(record.model_fields) if record else []
+        known = [*keys_of(record), *(["sweep"] if record is Job else [])] if record else []
         what, hint = f"unknown key {name!r}", f"{did_you_mean(name, known)}available: {', '.join(known)}"
     elif kind == "missing":
         what, hint = f"the key {name!r} is missing", "it has no default"
@@ -141,21 +151,31 @@ def _actions(recipe: Recipe) -> Iterator[tuple[Loc, Action]]:
 
 def _check_names(recipe: Recipe, places: Places) -> None:
     """Every name that a job uses exists, and every method takes the settings it is given."""
+    from moezip.export.formats import FORMATS
+    from moezip.export.readers import READERS
+
     for name, job in recipe.jobs.items():
         for needed in job.needs:
-            if needed not in recipe.jobs:
-                raise RecipeError(
-                    f"the job {name!r} needs {needed!r}, which is not there",
-                    where=places.where(("jobs", name, "needs")),
-                    next=f"{did_you_mean(needed, recipe.jobs)}jobs: {', '.join(recipe.jobs)}",
-                )
+            _require_job(needed, f"the job {name!r} needs", recipe, ("jobs", name, "needs"), places)
+        if job.model is not None and job.model.startswith(JOB):
+            used = job.model.removeprefix(JOB)
+            _require_job(used, f"the job {name!r} works on", recipe, ("jobs", name, "model"), places)
+        for i, step in enumerate(job.steps):
+            against = None if step.evaluate is None else step.evaluate.against
+            if against is not None and against.startswith(JOB):
+                loc = ("jobs", name, "steps", i, "evaluate", "against")
+                _require_job(against.removeprefix(JOB), f"the job {name!r} compares with", recipe, loc, places)
+    for group, members in recipe.sweeps.items():
+        for name in members:
+            _require_job(name, f"the sweep {group!r} holds", recipe, ("sweeps", group), places)
+    _check_outputs(recipe, places)
     try:
         recipe.order()
     except RecipeError as error:
-        first = next(name for name, job in recipe.jobs.items() if job.needs)
+        first = next(name for name, job in recipe.jobs.items() if job.before)
         raise RecipeError(error.what, where=places.where(("jobs", first, "needs")), next=error.next) from error
     for loc, action in _actions(recipe):
-        if not isinstance(action, Evaluate):
+        if not isinstance(action, Evaluate | Export):
             for used in action.calibration or ():
                 if used not in recipe.calibration:
                     raise RecipeError(
@@ -164,10 +184,59 @@ def _check_names(recipe: Recipe, places: Places) -> None:
                         next=f"{did_you_mean(used, recipe.calibration)}calibration: "
                         f"{', '.join(recipe.calibration) or 'none'}",
                     )
+        if isinstance(action, Prune | Merge | Quantize | Export) and action.reader is not None:
+            _check_word(action.reader, READERS, "reader", (*loc, "for"), places)
+        if isinstance(action, Export):
+            _check_word(action.to, FORMATS, "format", (*loc, "to"), places)
         if isinstance(action, Prune | Merge):
             _check_method(action, recipe, loc, places)
         if isinstance(action, Quantize):
             _check_solver(action, recipe, loc, places)
+
+
+def _require_job(name: str, what: str, recipe: Recipe, loc: Loc, places: Places) -> None:
+    if name in recipe.jobs:
+        return
+    if name in recipe.sweeps:
+        raise RecipeError(
+            f"{what} {name!r}, which is a sweep of {len(recipe.sweeps[name])} jobs",
+            where=places.where(loc),
+            next=f"name one of them: {', '.join(recipe.sweeps[name])}",
+        )
+    raise RecipeError(
+        f"{what} {name!r}, which is not there",
+        where=places.where(loc),
+        next=f"{did_you_mean(name, recipe.jobs)}jobs: {', '.join(recipe.jobs)}",
+    )
+
+
+def _check_word(word: str, known: Mapping[str, Any], kind: str, loc: Loc, places: Places) -> None:
+    try:
+        lookup(word, known, kind)
+    except UsageError as error:
+        raise RecipeError(error.what, where=places.where(loc), next=error.next) from error
+
+
+def _check_outputs(recipe: Recipe, places: Places) -> None:
+    """Every name in the output folder is taken once."""
+    taken = dict.fromkeys(RESERVED, "what the run itself writes")
+    for name, job in recipe.jobs.items():
+        exports = [(i, step.export) for i, step in enumerate(job.steps) if step.export is not None]
+        outputs: list[tuple[str, Loc]] = [(name, ("jobs", name)), (f"{name}.evaluate.json", ("jobs", name))]
+        outputs += [(export_name(name, export), ("jobs", name, "steps", i)) for i, export in exports]
+        for output, loc in outputs:
+            if output in taken:
+                raise RecipeError(
+                    f"{output!r} in the output folder would be {taken[output]}, too",
+                    where=places.where(loc),
+                    next="rename the job, or leave one of two exports away" if exports else "rename the job",
+                )
+            taken[output] = f"of the job {name!r}"
+
+
+def export_name(job: str, export: Export) -> str:
+    """The folder, beside the job's own, of one of its exports."""
+    return f"{job}.{export.to}"
 
 
 def _check_method(action: Prune | Merge, recipe: Recipe, loc: Loc, places: Places) -> None:
@@ -223,28 +292,31 @@ def _resolved(recipe: Recipe, places: Places) -> Recipe:
         for name, entry in recipe.calibration.items()
     }
 
-    def resolved_step(step: Step, loc: Loc) -> Step:
-        action = _resolved_action(step.action, recipe, model, (*loc, step.verb), places)
+    def resolved_step(step: Step, source: str, loc: Loc) -> Step:
+        action = _resolved_action(step.action, recipe, source, (*loc, step.verb), places)
         return step.model_copy(update={step.verb: action})
 
-    jobs = {
-        name: job.model_copy(
-            update={"steps": tuple(resolved_step(step, ("jobs", name, "steps", i)) for i, step in enumerate(job.steps))}
-        )
-        for name, job in recipe.jobs.items()
-    }
+    def resolved_job(name: str, job: Job) -> Job:
+        source = _checkpoint(recipe.source_of(name), ("jobs", name, "model"), places)
+        steps = tuple(resolved_step(step, source, ("jobs", name, "steps", i)) for i, step in enumerate(job.steps))
+        own = None if job.model is None else _checkpoint(job.model, ("jobs", name, "model"), places)
+        return job.model_copy(update={"steps": steps, "model": own, "needs": job.before})
+
+    jobs = {name: resolved_job(name, job) for name, job in recipe.jobs.items()}
     # The output is the user's, not the recipe's: a recipe inside an installed package must not write beside itself.
     output = None if recipe.output is None else Path(os.path.abspath(recipe.output.expanduser()))
     return recipe.model_copy(update={"model": model, "output": output, "calibration": calibration, "jobs": jobs})
 
 
-def _resolved_action(action: Action, recipe: Recipe, model: str, loc: Loc, places: Places) -> Action:
+def _resolved_action(action: Action, recipe: Recipe, source: str, loc: Loc, places: Places) -> Action:
+    if isinstance(action, Export):
+        return action
     if not isinstance(action, Evaluate):
         used = tuple(recipe.calibration) if action.calibration is None else action.calibration
         return action.model_copy(update={"calibration": used})
     against = action.against
     if against is not None:
-        against = model if against == "source" else _checkpoint(against, (*loc, "against"), places)
+        against = source if against == "source" else _checkpoint(against, (*loc, "against"), places)
     return action.model_copy(
         update={
             "data": _files(action.data, (*loc, "data"), places),
@@ -261,7 +333,9 @@ def _absolute(path: Path, loc: Loc, places: Places) -> Path:
 
 
 def _checkpoint(text: str, loc: Loc, places: Places) -> str:
-    """``demo``, a folder, or a hub id left as it is."""
+    """``demo``, a folder, or a hub id or a job's output left as it is."""
+    if text.startswith(JOB):
+        return text
     if text == "demo":
         return str(demo.checkpoint())
     folder = _absolute(Path(text), loc, places)

@@ -28,7 +28,12 @@ File = Annotated[Path, Field(strict=False)]
 Files = Annotated[tuple[File, ...], BeforeValidator(_listed)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 # Names become names of folders and statistics files.
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+# Who must be able to read what a step makes; `for` in the file.
+Reader = Annotated[str | None, Field(alias="for")]
+JOB = "job:"  # before a job's name, where its output stands for a checkpoint
+# What else lies in the output folder, so that no job can be called so.
+RESERVED = ("statistics", "work", "recipe.yaml", "state.json", "summary.json", "summary.csv")
 
 
 class _Record(BaseModel):
@@ -58,12 +63,16 @@ class Calibrate(_Record):
 class Prune(_Record):
     """Keep ``keep`` experts per layer, or remove the share ``ratio``.
 
-    ``calibration``: names whose statistics decide; all of them if left out. ``settings``: the method's own knobs.
+    ``scope``: ``layer`` (as many experts in every layer) or ``model`` (ranked over all layers). ``for``: who must read
+    the output. ``calibration``: names whose statistics decide; all of them if left out. ``settings``: the method's own
+    knobs.
     """
 
     method: str
     keep: int | None = Field(None, ge=1)
     ratio: float | None = Field(None, gt=0, lt=1)
+    scope: Literal["layer", "model"] = "layer"
+    reader: Reader = None
     calibration: Names | None = None
     settings: dict[str, Annotated[Any, AfterValidator(_scalar)]] = {}
 
@@ -78,14 +87,15 @@ class Merge(_Record):
     """Leave ``keep`` experts per layer, or merge the share ``ratio`` away; after a prune in the same job, of what it
     leaves, which is observed again.
 
-    ``scope``: ``layer`` (as many experts in every layer) or ``model``. ``calibration``: names whose text decides; all
-    of them if left out. ``settings``: the method's own knobs.
+    ``scope``: ``layer`` (as many experts in every layer) or ``model``. ``for``: who must read the output.
+    ``calibration``: names whose text decides; all of them if left out. ``settings``: the method's own knobs.
     """
 
     method: str
     keep: int | None = Field(None, ge=1)
     ratio: float | None = Field(None, gt=0, lt=1)
     scope: Literal["layer", "model"] = "layer"
+    reader: Reader = None
     calibration: Names | None = None
     settings: dict[str, Annotated[Any, AfterValidator(_scalar)]] = {}
 
@@ -100,7 +110,8 @@ class Quantize(_Record):
     """Store weights in ``bits`` bits, or in ``size``; after a prune or merge in the same job, those of what it leaves.
 
     ``size``: a share of the source's bytes, or bytes. ``allocate`` and ``granularity``: who gets how many bits.
-    ``calibration``: names whose text the solver sees; all of them if left out. ``settings``: as ``--set`` takes them.
+    ``for``: who must read the output. ``calibration``: names whose text the solver sees; all of them if left out.
+    ``settings``: as ``--set`` takes them.
     """
 
     bits: float | None = Field(None, ge=1, le=16)
@@ -109,6 +120,7 @@ class Quantize(_Record):
     allocate: Literal["uniform", "lp", "pmq", "outlier", "block"] = "uniform"
     granularity: Literal["role", "expert", "layer", "model"] = "role"
     group_size: int | None = Field(None, ge=0)
+    reader: Reader = None
     calibration: Names | None = None
     settings: dict[str, Annotated[Any, AfterValidator(_scalar)]] = {}
 
@@ -119,7 +131,8 @@ class Evaluate(_Record):
     Attributes:
         data: files or folders of text for loss and perplexity, each file by itself.
         tasks: files or folders of questions.
-        against: ``source`` (the recipe's model) or another checkpoint, for the divergence from it.
+        against: ``source`` (the recipe's model), ``job:NAME`` (that job's output) or another checkpoint, for the
+            divergence from it.
         tokens: at most this many per file; all if left out.
         seq_len: window in tokens; the recipe's if left out.
     """
@@ -139,17 +152,38 @@ class Evaluate(_Record):
         return self
 
 
-Action = Calibrate | Prune | Merge | Quantize | Evaluate
+class Export(_Record):
+    """Write what the steps before it made in the format ``to`` as well, into a folder ``JOB.FORMAT`` beside it.
+
+    No weight changes. ``for``: who must be able to read it.
+    """
+
+    to: str
+    reader: Reader = None
+
+
+Action = Calibrate | Prune | Merge | Quantize | Evaluate | Export
+Verb = Literal["calibrate", "prune", "merge", "quantize", "evaluate", "export"]
+VERBS: dict[str, type[_Record]] = {
+    "calibrate": Calibrate, "prune": Prune, "merge": Merge, "quantize": Quantize, "evaluate": Evaluate,
+    "export": Export,
+}  # fmt: skip
+
+
+def keys_of(record: type[BaseModel]) -> list[str]:
+    """The keys of a record as the file spells them."""
+    return [field.alias or name for name, field in record.model_fields.items()]
 
 
 class Step(_Record):
-    """One thing to do; exactly one of the five."""
+    """One thing to do; exactly one of the six."""
 
     calibrate: Calibrate | None = None
     prune: Prune | None = None
     merge: Merge | None = None
     quantize: Quantize | None = None
     evaluate: Evaluate | None = None
+    export: Export | None = None
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Step:
@@ -161,8 +195,8 @@ class Step(_Record):
         return self
 
     @property
-    def verb(self) -> Literal["calibrate", "prune", "merge", "quantize", "evaluate"]:
-        """Which of the five it is."""
+    def verb(self) -> Verb:
+        """Which of the six it is."""
         found = next(name for name in type(self).model_fields if getattr(self, name) is not None)
         return found  # type: ignore[return-value]
 
@@ -174,10 +208,22 @@ class Step(_Record):
 
 
 class Job(_Record):
-    """A sequence of steps that ends in one output. ``needs``: names of jobs that have to be finished before it."""
+    """A sequence of steps that ends in one output.
+
+    ``needs``: names of jobs that have to be finished before it. ``model``: what it works on, in place of the recipe's
+    model: ``job:NAME`` for that job's output (which it then needs), or another checkpoint. A ``sweep`` in the file has
+    become several jobs here.
+    """
 
     needs: Names = ()
+    model: str | None = None
     steps: Annotated[tuple[Step, ...], BeforeValidator(_listed), Field(min_length=1)]
+
+    @property
+    def before(self) -> tuple[str, ...]:
+        """Jobs that have to be finished before: those that it names, and those whose outputs it uses."""
+        used = [self.model, *(step.evaluate.against for step in self.steps if step.evaluate is not None)]
+        return tuple(dict.fromkeys((*self.needs, *(u.removeprefix(JOB) for u in used if u and u.startswith(JOB)))))
 
 
 class Recipe(_Record):
@@ -191,6 +237,7 @@ class Recipe(_Record):
         seq_len: window in tokens, for calibration and evaluation; None takes min(2048, the model's maximum).
         calibration: domains by name.
         jobs: by name, in the order of the file.
+        sweeps: the jobs that each sweep became; filled in when a file is read.
     """
 
     version: Literal[1]
@@ -200,6 +247,12 @@ class Recipe(_Record):
     seq_len: int | None = Field(None, ge=2)
     calibration: dict[Name, Calibration] = {}
     jobs: dict[Name, Job] = Field(min_length=1)
+    sweeps: dict[Name, Names] = {}
+
+    def source_of(self, name: str) -> str:
+        """The checkpoint that a job's output goes back to, through all jobs before it."""
+        model = self.jobs[name].model or self.model
+        return self.source_of(model.removeprefix(JOB)) if model.startswith(JOB) else model
 
     def order(self) -> list[str]:
         """Job names such that each comes after all that it needs, else in the order of the file.
@@ -216,7 +269,7 @@ class Recipe(_Record):
                     next="take one name out of `needs`",
                 )
             if name not in done:
-                for needed in self.jobs[name].needs:
+                for needed in self.jobs[name].before:
                     visit(needed, (*path, name))
                 done.append(name)
 

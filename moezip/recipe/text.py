@@ -17,14 +17,24 @@ class Places:
 
     def __init__(self, path: Path, node: yaml.Node, overridden: tuple[Loc, ...]):
         self.path, self.node, self.overridden = path, node, overridden
+        # Places that the file does not have, of jobs that a sweep made, and where in the file they come from; the
+        # longest that fits counts.
+        self.origins: dict[Loc, Loc] = {}
+
+    def origin(self, loc: Loc) -> Loc:
+        for count in range(len(loc), 0, -1):
+            if (found := self.origins.get(loc[:count])) is not None:
+                return (*found, *loc[count:])
+        return loc
 
     def from_command_line(self, loc: Loc) -> bool:
+        loc = self.origin(loc)
         return any(loc[: len(key)] == key for key in self.overridden)
 
-    def line(self, loc: Loc) -> int:
-        """Line, from 1, of the key at ``loc``, or of the nearest thing around it that the file has."""
-        node, line = self.node, self.node.start_mark.line
-        for part in loc:
+    def mark(self, loc: Loc) -> tuple[int, int]:
+        """Line and column, from 1, of the key at ``loc``, or of the nearest thing around it that the file has."""
+        node, mark = self.node, self.node.start_mark
+        for part in self.origin(loc):
             if isinstance(node, yaml.MappingNode):
                 found = next(((key, value) for key, value in node.value if key.value == str(part)), None)
             elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
@@ -33,14 +43,15 @@ class Places:
                 found = None
             if found is None:
                 break
-            line, node = found[0].start_mark.line, found[1]
-        return line + 1
+            mark, node = found[0].start_mark, found[1]
+        return mark.line + 1, mark.column + 1
 
     def where(self, loc: Loc) -> str:
         dotted = ".".join(map(str, loc))
         if self.from_command_line(loc):
             return f"--set {dotted}"
-        return f"{self.path}, line {self.line(loc)}" + (f": {dotted}" if dotted else "")
+        line, column = self.mark(loc)
+        return f"{self.path}, line {line}, column {column}" + (f": {dotted}" if dotted else "")
 
 
 def parse(text: str, path: Path) -> tuple[dict[str, Any], yaml.Node]:
@@ -55,7 +66,7 @@ def parse(text: str, path: Path) -> tuple[dict[str, Any], yaml.Node]:
         mark = getattr(error, "problem_mark", None)
         raise RecipeError(
             f"not valid YAML: {getattr(error, 'problem', None) or error}",
-            where=f"{path}, line {mark.line + 1}" if mark else path,
+            where=f"{path}, {_at(mark)}" if mark else path,
             next="mind the indentation and the colons",
         ) from error
     finally:
@@ -63,10 +74,14 @@ def parse(text: str, path: Path) -> tuple[dict[str, Any], yaml.Node]:
     return raw, node
 
 
+def _at(mark: yaml.Mark) -> str:
+    return f"line {mark.line + 1}, column {mark.column + 1}"
+
+
 def _refuse_repeats(node: yaml.Node, path: Path, inside: tuple[int, ...]) -> None:
     """YAML libraries take the last of two equal keys and drop the first without a word."""
     if id(node) in inside:
-        raise RecipeError("an anchor that contains itself", where=f"{path}, line {node.start_mark.line + 1}")
+        raise RecipeError("an anchor that contains itself", where=f"{path}, {_at(node.start_mark)}")
     inside = (*inside, id(node))
     if isinstance(node, yaml.MappingNode):
         seen: dict[str, int] = {}
@@ -74,7 +89,7 @@ def _refuse_repeats(node: yaml.Node, path: Path, inside: tuple[int, ...]) -> Non
             if key.value in seen:
                 raise RecipeError(
                     f"the key {key.value!r} is there twice, first in line {seen[key.value]}",
-                    where=f"{path}, line {key.start_mark.line + 1}",
+                    where=f"{path}, {_at(key.start_mark)}",
                     next="keep one of them",
                 )
             seen[str(key.value)] = key.start_mark.line + 1
