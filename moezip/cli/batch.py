@@ -10,11 +10,15 @@ import typer
 from moezip import console
 from moezip.cli.options import Debug, Device, Json, MaxMemory, Quiet, Set, Workdir, common_of, settings_of
 from moezip.console import results
+from moezip.progress import unwatched
 
 
 def run(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe.yaml.")],
-    only: Annotated[str | None, typer.Option("--only", help="One job, and what it needs.")] = None,
+    only: Annotated[str | None, typer.Option("--only", help="One job or sweep, and what it needs.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would run, with sizes and estimates; touch nothing.")
+    ] = False,
     settings: Set = None,
     device: Device = "cpu",
     max_memory: MaxMemory = None,
@@ -24,13 +28,22 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Runs a batch of jobs from a recipe; finished ones are skipped, interrupted ones go on."""
-    from moezip.pipeline.batch import run_recipe
+    from moezip.console.jobs import show_forecast, show_jobs, tell_failure
+    from moezip.pipeline.batch import forecast, run_recipe, summary_of
     from moezip.recipe import load
 
     loaded = load(recipe, settings_of(settings))
+    if dry_run:
+        common = common_of(unwatched, device=device, max_memory=max_memory, workdir=workdir)
+        seen = forecast(loaded, common, only)
+        show_forecast(seen, as_json)
+        raise typer.Exit(int(any(job.error for job in seen.jobs)))
     with console.watching(quiet) as watch:
-        found = run_recipe(loaded, common_of(watch, device=device, max_memory=max_memory, workdir=workdir), only)
-    results.show_jobs(found, as_json, quiet)
+        common = common_of(watch, device=device, max_memory=max_memory, workdir=workdir)
+        found = run_recipe(loaded, common, only, tell_failure, debug)
+    show_jobs(found, summary_of(loaded, found), as_json, quiet)
+    if any(job.status != "done" for job in found):
+        raise typer.Exit(1)
 
 
 def demo(
@@ -44,15 +57,17 @@ def demo(
 ) -> None:
     """The main job on a small trained model that comes with the package: calibrate, prune to half, measure."""
     from moezip import demo as shipped
-    from moezip.pipeline.batch import run_recipe
+    from moezip.console.jobs import show_jobs, tell_failure
+    from moezip.pipeline.batch import run_recipe, summary_of
     from moezip.recipe import load
 
     loaded = load(shipped.recipe(), {"output": str(out)})
     console.say("The demo model reads scripture, country profiles, Python and sums. Half of its 16 experts per layer "
                 "go, once chosen for Python by EASY-EP, once by lot.", quiet or as_json)  # fmt: skip
     with console.watching(quiet) as watch:
-        found = run_recipe(loaded, common_of(watch, device=device))
-    if as_json:
-        results.show_jobs(found, as_json, quiet)
-        return
+        found = run_recipe(loaded, common_of(watch, device=device), tell=tell_failure, strict=debug)
+    failed = any(job.status != "done" for job in found)
+    if as_json or failed:
+        show_jobs(found, summary_of(loaded, found), as_json, quiet)
+        raise typer.Exit(int(failed))
     results.show_demo(found, loaded.calibration, out, quiet)

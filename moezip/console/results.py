@@ -303,48 +303,6 @@ def show_evaluation(result: Evaluation) -> None:
         console.say(f"{skipped.rule} skipped {skipped.share:.1%} of {sum(skipped.calls.values()):,} expert calls")
 
 
-def show_jobs(results: Sequence[JobResult], as_json: bool, quiet: bool) -> None:
-    from moezip.report.agreement import rank_correlation
-
-    pairs = [pair for result in results if None not in (pair := predicted_and_measured(result))]
-    agreement = rank_correlation([p for p, _ in pairs], [m for _, m in pairs])  # type: ignore[misc]
-    if as_json:
-        jobs = [dataclasses.asdict(result) for result in results]
-        console.data({"jobs": jobs, "predictions": {"plans": len(pairs), "rank_correlation": agreement}})
-        return
-    if quiet:
-        return
-    priced = any(predicted_and_measured(result)[0] is not None for result in results)
-    rows = []
-    for result in results:
-        predicted = predicted_and_measured(result)[0]
-        for evaluation in result.evaluations or [{}]:
-            against = evaluation.get("against") or {}
-            rows.append((
-                result.name,
-                "finished before" if result.skipped else "done",
-                console.size(result.report["bytes_after"]) if result.report else "-",
-                f"{evaluation['nll']:.4f}" if evaluation.get("nll") is not None else "-",
-                *((f"{predicted:+.4f}" if predicted is not None else "-",) if priced else ()),
-                f"{evaluation['nll'] - against['nll']:+.4f}" if against else "-",
-                result.out or "-",
-            ))  # fmt: skip
-    head = ("job", "state", "size", "loss", *(("predicted",) if priced else ()), "rise", "output")
-    console.table("", head, rows)
-    if agreement is not None:
-        console.say(f"rank correlation of predicted and measured rises over {len(pairs)} plans: {agreement:.2f}")
-
-
-def predicted_and_measured(result: JobResult) -> tuple[float | None, float | None]:
-    """The predicted rise of a job's loss, and the measured one of its last evaluation against the source."""
-    predicted = None if result.report is None else result.report.get("predicted_nats")
-    measured = None
-    for evaluation in result.evaluations:
-        if evaluation.get("against") and evaluation.get("nll") is not None:
-            measured = evaluation["nll"] - evaluation["against"]["nll"]
-    return predicted, measured
-
-
 def show_demo(found: Sequence[JobResult], chosen_for: Collection[str], out: Path, quiet: bool) -> None:
     """What the demo found, as the table that shows the point of the method."""
     by_job = {result.name: result.evaluations[0] for result in found}

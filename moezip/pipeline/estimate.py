@@ -33,6 +33,7 @@ class Estimate:
         seconds, memory_bytes: rough; ``assumes`` says on what.
         disk_bytes: kept on disk while a backward pass runs, or probes are measured after it, beside the output.
         probe_layer_tokens: tokens times decoder layers that measured probes run through, after that pass.
+        pass_seconds: those of ``seconds`` that read the text.
     """
 
     method: str
@@ -48,6 +49,7 @@ class Estimate:
     kept: dict[str, list[int]] | None
     assumes: str
     probe_layer_tokens: int = 0
+    pass_seconds: float = 0.0
 
 
 def dry_run(checkpoint: str, job: PruneJob, common: Common) -> Estimate:
@@ -64,19 +66,8 @@ def dry_run(checkpoint: str, job: PruneJob, common: Common) -> Estimate:
             stats = Saved.load(job.stats)
         plan = make_plan(prepared, job, stats, common)
         kept = {str(layer.layer): list(layer.kept) for layer in plan.layers}
-    elif prepared.method.unit == "neuron":
-        assert job.ratio is not None
-        nothing = {fact.layer: np.zeros((fact.experts, fact.width)) for fact in model.facts}
-        cut = neuron_layers(model, model.facts, nothing, job.ratio, prepared.params, {})
-        plan = Plan(model.source.fingerprint, model.architecture.name, cut, prepared.params.mtp)
     else:
-        # any choice of that many experts has the same size
-        spread = [_first_of_groups(fact, prepared.keep) for fact in model.facts]
-        layers = tuple(
-            LayerPlan(fact.layer, fact.experts, tuple(map(Pick.keep, ids)))
-            for fact, ids in zip(model.facts, spread, strict=True)
-        )
-        plan = Plan(model.source.fingerprint, model.architecture.name, layers, prepared.params.mtp)
+        plan = alike(prepared, job)
     seen = overview(model.source)
     after = tensor_bytes(planned(model.source, plan, job.reader))
     passes = prepared.method.reads_text and job.stats is None
@@ -86,7 +77,7 @@ def dry_run(checkpoint: str, job: PruneJob, common: Common) -> Estimate:
     gradients = passes and wants_gradients(prepared.method.needs)
     work = GRADIENT_WORK if gradients else 1
     reads = seen.bytes * (2 if gradients else 1) if passes else 0
-    seconds = tokens * 2 * seen.active_parameters * work / rate + (reads + 2 * after) / DISK_BYTES_PER_SECOND
+    seconds = tokens * 2 * seen.active_parameters * work / rate + reads / DISK_BYTES_PER_SECOND
     seconds += tokens * own_seconds(prepared, rate)
     asked = probing([(prepared.method, prepared.params)] if gradients else [])
     itemsize = 4 if seen.dtype == "F32" else 2
@@ -109,13 +100,31 @@ def dry_run(checkpoint: str, job: PruneJob, common: Common) -> Estimate:
         bytes_before=seen.bytes,
         bytes_after=after,
         tokens=tokens,
-        seconds=seconds + 6,
+        seconds=seconds + 2 * after / DISK_BYTES_PER_SECOND + 6,
         memory_bytes=min(memory, common.max_memory or memory),
         disk_bytes=disk,
         kept=kept,
         assumes=f"{rate / 1e9:.0f} GFLOP/s (measured now), disk 1 GB/s, 6 s to start" if passes else "disk 1 GB/s",
         probe_layer_tokens=probes,
+        pass_seconds=seconds,
     )
+
+
+def alike(prepared: Prepared, job: PruneJob) -> Plan:
+    """A plan as large as the one that the job will make, chosen without looking."""
+    model = prepared.model
+    if prepared.method.unit == "neuron":
+        assert job.ratio is not None
+        nothing = {fact.layer: np.zeros((fact.experts, fact.width)) for fact in model.facts}
+        cut = neuron_layers(model, model.facts, nothing, job.ratio, prepared.params, {})
+        return Plan(model.source.fingerprint, model.architecture.name, cut, prepared.params.mtp)
+    # any choice of that many experts has the same size
+    spread = [_first_of_groups(fact, prepared.keep) for fact in model.facts]
+    layers = tuple(
+        LayerPlan(fact.layer, fact.experts, tuple(map(Pick.keep, ids)))
+        for fact, ids in zip(model.facts, spread, strict=True)
+    )
+    return Plan(model.source.fingerprint, model.architecture.name, layers, prepared.params.mtp)
 
 
 def own_seconds(prepared: Prepared, rate: float) -> float:

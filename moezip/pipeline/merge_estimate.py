@@ -24,10 +24,7 @@ def estimate_merge(checkpoint: str, job: MergeJob, common: Common) -> Estimate:
     prepared = prepare_merge(checkpoint, job, common)
     require_text(prepared, job)
     model, params = prepared.model, prepared.params
-    # fitted rows are as many as kept ones, and lie nowhere yet
-    router = "remap" if FORMS[params.router] == "remap" else "kept"
-    layers = tuple(any_groups(fact, prepared.keep, router) for fact in model.facts)  # type: ignore[arg-type]
-    plan = Plan(model.source.fingerprint, model.architecture.name, layers, factors=_factors(prepared))
+    plan = alike(prepared)
     seen = overview(model.source)
     after = tensor_bytes(planned(model.source, plan, job.reader))
     tokens = sum(text.tokens for text in job.texts)
@@ -43,6 +40,9 @@ def estimate_merge(checkpoint: str, job: MergeJob, common: Common) -> Estimate:
         aligning = sum(align_seconds(fact, prepared.keep, params, rate) for fact in model.facts)
         seconds += aligning
     seconds += ((passes + 1) * seen.bytes + 2 * after) / DISK_BYTES_PER_SECOND
+    shared = prepared.method.reads_text and job.stats is None  # the pass before groups are known
+    gradients = GRADIENT_WORK if params.price and job.stats is None else 1
+    reading = forward * gradients + tokens * own + seen.bytes / DISK_BYTES_PER_SECOND if shared else 0.0
     hidden = tokens * seen.hidden * 2 * (2 if prepared.looks else 1)
     memory = 600 * 2**20 + (seen.largest_layer_bytes + hidden if passes else 0)
     memory += max(align_bytes(fact, params) for fact in model.facts) if aligning else 0
@@ -60,7 +60,17 @@ def estimate_merge(checkpoint: str, job: MergeJob, common: Common) -> Estimate:
         disk_bytes=after if prepared.looks else 0,
         kept=None,
         assumes=f"{rate / 1e9:.0f} GFLOP/s (measured now), disk 1 GB/s, 6 s to start{told}",
+        pass_seconds=reading,
     )
+
+
+def alike(prepared: Prepared) -> Plan:
+    """A plan as large as the one that the job will make, its groups formed without looking."""
+    model = prepared.model
+    # fitted rows are as many as kept ones, and lie nowhere yet
+    router = "remap" if FORMS[prepared.params.router] == "remap" else "kept"
+    layers = tuple(any_groups(fact, prepared.keep, router) for fact in model.facts)  # type: ignore[arg-type]
+    return Plan(model.source.fingerprint, model.architecture.name, layers, factors=_factors(prepared))
 
 
 def _factors(prepared: Prepared) -> dict[str, Factors]:

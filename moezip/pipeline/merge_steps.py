@@ -52,7 +52,9 @@ def merge_job(recipe: Recipe, step: Merge) -> MergeJob:
     settings = {key: str(value) for key, value in step.settings.items()}
     texts = tuple(DomainText(name, entry.data, entry.tokens) for name, entry in entries.items())
     weights = {name: entry.weight for name, entry in entries.items()}
-    return MergeJob(step.method, step.keep, step.ratio, settings, texts, weights=weights, scope=step.scope)
+    return MergeJob(
+        step.method, step.keep, step.ratio, settings, texts, weights=weights, scope=step.scope, reader=step.reader
+    )
 
 
 def check_merge(recipe: Recipe, model: Opened, step: Merge, pruning: Pruning | None, common: Common) -> Prepared:

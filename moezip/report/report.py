@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -19,7 +20,8 @@ class Report:
         experts_before, experts_after: per MoE layer.
         predicted_nats: predicted rise of the loss in nats per token; None with a reason where a method has no price.
         price_factors: by kind of decision, what probes corrected its prices by (``moezip.plan.factors``).
-        seconds: of the whole command. peak_rss_bytes: of the whole process.
+        seconds: of the whole command. peak_rss_bytes: of the process; in a recipe, of the process during the
+            job.
         stages: seconds by stage.
         method, settings, source, statistics: provenance.
         protected: per layer, the super experts that the guard kept.
@@ -55,8 +57,14 @@ class Report:
         return json.dumps(asdict(self), indent=2) + "\n"
 
 
+def begin_peak() -> None:
+    """Has ``peak_rss_bytes`` count from now on, where the system can do that (Linux); else it goes on counting."""
+    with suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+
+
 def peak_rss_bytes() -> int:
-    """Peak resident memory of this process."""
+    """Peak resident memory of this process, or since ``begin_peak``."""
     import resource
     import sys
     from pathlib import Path

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moezip.calibrate.data import DomainText
+from moezip.errors import DataError, MoezipError
 from moezip.pipeline.batch.state import State, digest_of
 from moezip.pipeline.calibrate import run_calibration
 from moezip.pipeline.common import Common, Opened
@@ -33,14 +35,27 @@ COMPRESS = ("prune", "merge", "quantize")
 
 @dataclass(slots=True)
 class Observed:
-    """A model and what is recorded of it for a recipe's jobs, by calibration set."""
+    """A model and what is recorded of it for the jobs that work on it, by calibration set.
+
+    Attributes:
+        jobs: those that work on this model.
+        folder: gets one statistics file per set. work: where an interrupted pass waits. name: in the state, before
+            that of a set; empty for the recipe's own model.
+        statistics: by set, once there. failed: why a set has none.
+        basis: of every set's digest, once it is known.
+    """
 
     recipe: Recipe
+    jobs: Sequence[Job]
     folder: Path
+    work: Path
+    name: str
     common: Common
     model: Opened
     state: State
     statistics: dict[str, Statistics] = field(default_factory=dict)
+    failed: dict[str, Exception] = field(default_factory=dict)
+    basis: list[str] = field(default_factory=list)
 
     def needed(self, step: Prune | Merge) -> list[str]:
         """Calibration sets that a prune step reads, or a merge step of the model itself."""
@@ -61,30 +76,31 @@ class Observed:
 
     @property
     def record(self) -> list[str] | None:
-        """What a pass of this recipe records besides the standing records: gradients, and what methods bring along."""
-        from moezip.calibrate.record import GRADIENTS, wants_gradients
-        from moezip.plan.allocate import kept_count
-        from moezip.prune import METHODS
-
-        experts = self.model.facts[0].experts
-        by_name, names = {method.name: method for method in METHODS}, set()
-        for prune in self.prunes(self.recipe.jobs.values()):
-            method = by_name[prune.method]
-            names.update([GRADIENTS] if wants_gradients(method.needs) else [])
-            params = parse_params(method, texts_of(prune.settings))
-            names.update(own_names(method, counted(params, kept_count(experts, prune.keep, prune.ratio))))
-        for merge in self.merges(self.recipe.jobs.values()):
-            names.update(merge_passing(check_merge(self.recipe, self.model, merge, None, self.common))["record"])
+        """What a pass for these jobs records besides the standing records: gradients, and what methods bring along."""
+        names: set[str] = set()
+        for job in self.jobs:
+            # what cannot be done needs no records; the check of that job says why it cannot
+            with suppress(MoezipError):
+                names.update(self._records_of(job))
         return sorted(names) or None
 
-    @property
-    def prunings(self) -> list[tuple[Method, Any]]:
-        """Method and settings of every prune step of the model itself."""
-        from moezip.prune import METHODS
+    def _records_of(self, job: Job) -> set[str]:
+        from moezip.calibrate.record import GRADIENTS, wants_gradients
+        from moezip.plan.allocate import kept_count
 
-        by_name = {method.name: method for method in METHODS}
-        steps = self.prunes(self.recipe.jobs.values())
-        return [(by_name[s.method], parse_params(by_name[s.method], texts_of(s.settings))) for s in steps]
+        experts, names = self.model.facts[0].experts, set[str]()
+        for step in self.prunes([job]):
+            method, params = _pruning(step)
+            names.update([GRADIENTS] if wants_gradients(method.needs) else [])
+            names.update(own_names(method, counted(params, kept_count(experts, step.keep, step.ratio))))
+        for merge in self.merges([job]):
+            names.update(merge_passing(check_merge(self.recipe, self.model, merge, None, self.common))["record"])
+        return names
+
+    @property
+    def probes(self) -> dict[str, Any]:
+        """How many decisions of which kind the pass measures, for all prune steps of the model itself."""
+        return probing(_pruning(step) for step in self.prunes(self.jobs))
 
     def wanted(self, jobs: Iterable[Job]) -> list[str]:
         """Calibration sets of all these jobs, in the recipe's order."""
@@ -99,46 +115,93 @@ class Observed:
                     names.update(step.calibrate.calibration or self.recipe.calibration)
         return [name for name in self.recipe.calibration if name in names]
 
+    def file(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        """The sets that have no saved statistics, or others than are wanted."""
+        done = {name for name in names if self.file(name).is_file() and self.state.holds(*self._entry(name))}
+        return [name for name in names if name not in done]
+
+    def _entry(self, name: str) -> tuple[str, str]:
+        return f"calibration {self.name}{name}", self.digest(name)
+
     def calibrate(self, names: list[str]) -> None:
-        """Loads saved statistics and takes the missing ones, all in one pass."""
+        """Loads saved statistics and takes the missing ones, all in one pass. What has none is in ``failed``."""
         from moezip.calibrate.statistics import Statistics
 
-        missing = []
         for name in names:
-            file = self.folder / "statistics" / f"{name}.safetensors"
-            if file.is_file() and self.state.holds(f"calibration {name}", self.digest(name)):
-                self.statistics[name] = Statistics.load(file)
-            else:
-                missing.append(name)
-        if not missing:
+            try:
+                missing = bool(self.missing([name]))
+            except MoezipError as error:  # text that is not there
+                self.failed[name] = error
+                continue
+            if not missing and name not in self.statistics:
+                self.statistics[name] = Statistics.load(self.file(name))
+        names = [name for name in names if name not in self.statistics and name not in self.failed]
+        if not names:
             return
-        texts = []
-        for name in missing:
-            entry = self.recipe.calibration[name]
-            texts.append(DomainText(name, entry.data, entry.tokens))
+        try:
+            self._pass(names)
+        except DataError as error:
+            # one faulty text must not take the others along
+            readable = [name for name in names if self._readable(name)]
+            if len(readable) == len(names):
+                self.failed.update(dict.fromkeys(names, error))
+            elif readable:
+                self.calibrate(readable)
+        except Exception as error:
+            self.failed.update(dict.fromkeys(names, error))
+
+    def _pass(self, names: list[str]) -> None:
         # a work folder of its own for this very set of calibrations: after a change of the recipe an old one is stale
-        key = digest_of(self.digest(name) for name in missing)
-        folder = self.folder / "work" / key[:16]
+        work = self.work / digest_of(map(self.digest, names))[:16]
+        texts = [self._text(name) for name in names]
         found = run_calibration(
-            self.model, texts, self.common, record=self.record, workdir=folder, **probing(self.prunings)
-        )
-        shutil.rmtree(self.folder / "work", ignore_errors=True)
+            self.model, texts, self.common, record=self.record, workdir=work, **self.probes
+        )  # fmt: skip
         for domain in found.domains:
             alone = replace(found, domains=(domain,))
-            alone.save(self.folder / "statistics" / f"{domain.name}.safetensors")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            alone.save(self.file(domain.name))
             self.statistics[domain.name] = alone
-            self.state.finish(f"calibration {domain.name}", self.digest(domain.name))
+            self.state.finish(*self._entry(domain.name))
+        shutil.rmtree(work, ignore_errors=True)
+
+    def _text(self, name: str) -> DomainText:
+        entry = self.recipe.calibration[name]
+        return DomainText(name, entry.data, entry.tokens)
+
+    def _readable(self, name: str) -> bool:
+        """Whether a set's text can be read; if not, it has failed."""
+        from moezip.calibrate.data import default_seq_len, load_rows, tokenizer_of
+
+        source = self.model.source
+        try:
+            load_rows(
+                [self._text(name)], tokenizer_of(source.folder), self.common.seq_len or default_seq_len(source.config)
+            )
+        except DataError as error:
+            self.failed[name] = error
+        return name not in self.failed
 
     def digest(self, name: str) -> str:
         """Everything that the statistics of a calibration set depend on."""
+        if not self.basis:
+            self.basis += [self.model.source.fingerprint, str(self.recipe.seq_len), str(self.record), str(self.probes)]
         entry = self.recipe.calibration[name]
-        parts = [self.model.source.fingerprint, str(entry.tokens), str(self.recipe.seq_len), str(self.record)]
-        parts.append(str(probing(self.prunings)))
-        return digest_of([*parts, *self.state.contents(entry.data)])
+        return digest_of([*self.basis, str(entry.tokens), *self.state.contents(entry.data)])
+
+    def require(self, names: Iterable[str]) -> None:
+        """Raises what kept one of these sets from having statistics."""
+        for name in names:
+            if name in self.failed:
+                raise self.failed[name]
 
     def of(self, step: Prune | Merge) -> Statistics | None:
         """The statistics that a step decides with."""
         stats: Statistics | None = None
+        self.require(self.needed(step))
         for name in self.needed(step):
             stats = self.statistics[name] if stats is None else stats + self.statistics[name]
         return stats
@@ -153,6 +216,14 @@ def after_merging(job: Job) -> list[Step]:
     """The prune steps that come after a merge."""
     first = _first(job)
     return [step for step in job.steps if step.prune is not None and first is not None and first.merge is not None]
+
+
+def _pruning(step: Prune) -> tuple[Method, Any]:
+    """Method and settings of a prune step."""
+    from moezip.prune import METHODS
+
+    method = {method.name: method for method in METHODS}[step.method]
+    return method, parse_params(method, texts_of(step.settings))
 
 
 def texts_of(settings: Mapping[str, Any]) -> dict[str, str]:
