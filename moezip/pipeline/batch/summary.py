@@ -54,9 +54,15 @@ def summary_of(recipe: Recipe, results: Sequence[JobResult]) -> dict[str, dict[s
 def rows_of(recipe: Recipe, results: Mapping[str, JobResult | None]) -> list[dict[str, Any]]:
     """What is said of each job; None stands for one that has not run."""
     rows = [_row(recipe, name, results[name]) for name in recipe.jobs]
+    mark_best(rows)
+    return rows
+
+
+def mark_best(rows: Sequence[dict[str, Any]]) -> None:
+    """``pareto``: whether no other job that was measured on the same text is smaller and loses no more, or is as small
+    and loses less; None where size or loss is unknown."""
     for row in rows:
         row["pareto"] = _best(row, [other for other in rows if other["measured_on"] == row["measured_on"]])
-    return rows
 
 
 def _row(recipe: Recipe, name: str, result: JobResult | None) -> dict[str, Any]:
@@ -151,8 +157,6 @@ def _measure(job: Job) -> str | None:
 
 
 def _best(row: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> bool | None:
-    """Whether no other job is smaller and loses no more, or is as small and loses less; None where that is unknown."""
-
     def place(one: Mapping[str, Any]) -> tuple[float, float] | None:
         if one["status"] != "done" or one["bytes"] is None or one["loss"] is None:
             return None
