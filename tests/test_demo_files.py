@@ -45,8 +45,8 @@ def test_every_domain_has_its_licence():
     assert "PYTHON SOFTWARE FOUNDATION LICENSE" in (demo.data("calib").parent / "LICENSE-PYTHON.txt").read_text()
 
 
-def test_the_wheel_gets_the_recipe_that_an_editable_install_reads():
+def test_the_wheel_gets_the_recipes_that_an_editable_install_reads():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
-    assert included == {"recipes/demo.yaml": "moezip/demo/recipe.yaml"}
+    assert included == {"recipes": "moezip/demo/recipes"}
     assert demo.recipe().read_text() == (ROOT / "recipes" / "demo.yaml").read_text()

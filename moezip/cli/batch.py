@@ -14,7 +14,9 @@ from moezip.progress import unwatched
 
 
 def run(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe.yaml.")],
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A recipe.yaml, or the name of one that comes with moezip.")
+    ],
     only: Annotated[str | None, typer.Option("--only", help="One job or sweep, and what it needs.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would run, with sizes and estimates; touch nothing.")
@@ -30,9 +32,9 @@ def run(
     """Runs a batch of jobs from a recipe; finished ones are skipped, interrupted ones go on."""
     from moezip.console.jobs import show_forecast, show_jobs, tell_failure
     from moezip.pipeline.batch import forecast, run_recipe, summary_of
-    from moezip.recipe import load
+    from moezip.recipe import find, load
 
-    loaded = load(recipe, settings_of(settings))
+    loaded = load(find(recipe), settings_of(settings))
     if dry_run:
         common = common_of(unwatched, device=device, max_memory=max_memory, workdir=workdir)
         seen = forecast(loaded, common, only)

@@ -70,14 +70,23 @@ def named(text: str) -> Path | None:
     return folder / rest if rest else folder
 
 
-def recipe() -> Path:
-    """The recipe that ``moezip demo`` runs: a wheel carries a copy of the repository's ``recipes/demo.yaml`` in here,
-    an editable install has the original.
+def recipes() -> dict[str, Path]:
+    """The recipes that come with moezip, by name: a wheel carries a copy of the repository's ``recipes/`` in here, an
+    editable install has the original.
 
     Raises:
         DataError: neither is there.
     """
-    original = _inside().parents[1] / "recipes" / "demo.yaml"
-    if original.is_file() and not (_inside() / "recipe.yaml").is_file():
-        return original
-    return _inside("recipe.yaml")
+    original = _inside().parents[1] / "recipes"
+    copied = _inside() / "recipes"
+    folder = original if (original / "demo.yaml").is_file() and not copied.is_dir() else _inside("recipes")
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+def recipe() -> Path:
+    """The recipe that ``moezip demo`` runs.
+
+    Raises:
+        DataError: the package was installed without it.
+    """
+    return recipes()["demo"]

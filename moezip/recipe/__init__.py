@@ -27,7 +27,7 @@ current one. ``demo`` is the packaged model, ``demo:heldout/python.jsonl`` a fil
 
 from __future__ import annotations
 
-from moezip.recipe.load import dump, load
+from moezip.recipe.load import dump, find, load
 from moezip.recipe.shape import Calibrate, Calibration, Evaluate, Export, Job, Merge, Prune, Quantize, Recipe, Step
 
 __all__ = [
@@ -42,5 +42,6 @@ __all__ = [
     "Recipe",
     "Step",
     "dump",
+    "find",
     "load",
 ]

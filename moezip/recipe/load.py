@@ -36,6 +36,27 @@ from moezip.registry import did_you_mean, lookup, parse_params
 LATER = {"fit": "this version calibrates, prunes, merges, quantizes, evaluates and exports"}
 
 
+def find(text: str) -> Path:
+    """The file that a user means: a path, or the name of a recipe that comes with moezip, with or without its folder.
+
+    Raises:
+        RecipeError: neither; the message lists the names.
+    """
+    path = Path(text)
+    if path.exists():
+        return path
+    shipped = demo.recipes()
+    named = path.suffix in ("", ".yaml", ".yml") and path.parent.as_posix() in (".", "recipes")
+    if named and path.stem in shipped:
+        return shipped[path.stem]
+    raise RecipeError(
+        f"there is no recipe {text}",
+        where=path.absolute(),
+        next=f"{did_you_mean(path.stem, shipped)}give the path of a recipe, or one of those that come with moezip: "
+        f"{', '.join(shipped)}",
+    )
+
+
 def load(path: Path | str, overrides: Mapping[str, str] | None = None) -> Recipe:
     """The recipe in a YAML file, checked and with every path absolute.
 

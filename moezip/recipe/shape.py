@@ -109,9 +109,9 @@ class Merge(_Record):
 class Quantize(_Record):
     """Store weights in ``bits`` bits, or in ``size``; after a prune or merge in the same job, those of what it leaves.
 
-    ``size``: a share of the source's bytes, or bytes. ``allocate`` and ``granularity``: who gets how many bits.
-    ``for``: who must read the output. ``calibration``: names whose text the solver sees; all of them if left out.
-    ``settings``: as ``--set`` takes them.
+    ``size``: a share of the source's bytes (with ``model: job:NAME`` of those of the model behind it), or bytes.
+    ``allocate`` and ``granularity``: who gets how many bits. ``for``: who must read the output. ``calibration``: names
+    whose text the solver sees; all of them if left out. ``settings``: as ``--set`` takes them.
     """
 
     bits: float | None = Field(None, ge=1, le=16)

@@ -207,7 +207,7 @@ def _job_costs(batch: Batch, name: str, rate: float) -> _Costs:
         if step.merge is not None:
             _merge_costs(batch, name, step.merge, costs)
         if step.quantize is not None:
-            quantized = estimate_quantize(checkpoint, batch.quantize_job(step.quantize, costs.plan), common)
+            quantized = estimate_quantize(checkpoint, batch.quantize_job(name, step.quantize, costs.plan), common)
             costs.bytes_after, costs.bits = quantized.bytes_after, quantized.bits_per_weight
             costs.experts = max(quantized.experts)
             costs.seconds += quantized.seconds - START

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from moezip import __version__
 from moezip.calibrate.data import DomainText
 from moezip.errors import RecipeError
+from moezip.export.stock import tensor_bytes
 from moezip.pipeline.batch.calibration import COMPRESS, Observed, after_merging, texts_of
 from moezip.pipeline.batch.state import State, digest_of, saved, write
-from moezip.pipeline.common import Clock, Common, opened
+from moezip.pipeline.common import Clock, Common, open_checkpoint, opened
 from moezip.pipeline.evaluate import evaluate_command
 from moezip.pipeline.export import export_command
 from moezip.pipeline.merge_steps import Decided, check_merge, check_prune, merging, pruned
@@ -200,7 +201,7 @@ class Batch:
                 again = self.prune_job(name, after.prune, texts=True)
                 check_prune(observed.model, again, merged, merge.scope, common)
         for quantize in (step.quantize for step in job.steps if step.quantize is not None):
-            prepare_quantize(checkpoint, self.quantize_job(quantize, None), common)
+            prepare_quantize(checkpoint, self.quantize_job(name, quantize, None), common)
 
     def writer(self, name: str) -> Step | None:
         """The step whose plan or codes are written: the last one that compresses, None without any."""
@@ -309,7 +310,7 @@ class Batch:
                     merged = merging(self.recipe, observed.model, step.merge, made.plan, stats, own, work)
                     made = held.enter_context(merged)
                 if step.quantize is not None:
-                    quantize = self.quantize_job(step.quantize, made.plan, made.values)
+                    quantize = self.quantize_job(name, step.quantize, made.plan, made.values)
                     again = replace(common, workdir=work, overwrite=True)
                     report = quantize_command(self.checkpoint(self.model_of(name)), out, quantize, again).report
                 elif step is writer:
@@ -339,14 +340,17 @@ class Batch:
         prepared = prepare_prune(self.checkpoint(self.model_of(name)), job, common)
         return make_plan(prepared, job, self.observed(name).of(step), common)
 
-    def quantize_job(self, step: Quantize, plan: Plan | None, values: Values | None = None) -> QuantizeJob:
+    def quantize_job(self, name: str, step: Quantize, plan: Plan | None, values: Values | None = None) -> QuantizeJob:
         """The step as ``moezip quantize`` would be asked for it."""
         names = self.recipe.calibration if step.calibration is None else step.calibration
-        entries = {name: self.recipe.calibration[name] for name in names}
-        texts = [DomainText(name, entry.data, entry.tokens) for name, entry in entries.items()]
-        settings = texts_of(step.settings)
+        entries = {each: self.recipe.calibration[each] for each in names}
+        texts = [DomainText(each, entry.data, entry.tokens) for each, entry in entries.items()]
+        settings, size = texts_of(step.settings), step.size
+        if size is not None and size <= 1 and self.model_of(name).startswith(JOB):
+            # a share is of the model that all goes back to, not of what the job before left of it
+            size = float(int(size * tensor_bytes(open_checkpoint(self.recipe.source_of(name)))))
         return QuantizeJob(
-            step.bits, step.solver, step.allocate, step.size, step.granularity, step.reader, group=step.group_size,
+            step.bits, step.solver, step.allocate, size, step.granularity, step.reader, group=step.group_size,
             settings=settings, texts=texts, plan=plan, values=values,
         )  # fmt: skip
 
