@@ -80,6 +80,9 @@ def evaluate(
         int | None, typer.Option("--tokens", min=2, help="At most this many per file. Default all.")
     ] = None,
     seq_len: SeqLen = None,
+    save: Annotated[
+        bool, typer.Option("--save", help="Keep the result in CKPT/moezip/evaluation.json, for reports and the card.")
+    ] = False,
     device: Device = "cpu",
     max_memory: MaxMemory = None,
     workdir: Workdir = None,
@@ -93,7 +96,7 @@ def evaluate(
     with console.watching(quiet) as watch:
         common = common_of(watch, device=device, max_memory=max_memory, workdir=workdir, seq_len=seq_len)
         result = evaluate_command(
-            checkpoint, common, against=against, data=data or (), tasks=tasks or (), tokens=tokens
+            checkpoint, common, against=against, data=data or (), tasks=tasks or (), tokens=tokens, save=save
         )
     if as_json:
         console.data(result.to_json())

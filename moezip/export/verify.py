@@ -20,7 +20,9 @@ from moezip.checkpoint.reader import INDEX_NAME, Checkpoint
 from moezip.errors import CheckpointError, MoezipError
 
 MANIFEST = "moezip/manifest.json"
-UNLISTED = (MANIFEST, "moezip/report.json")  # the manifest cannot hold its own digest; the report holds timings
+EVALUATION = "moezip/evaluation.json"
+# The manifest cannot hold its own digest; the report holds timings; what was measured may come at any time.
+UNLISTED = (MANIFEST, "moezip/report.json", EVALUATION)
 SCALES = ("_scale", "_scale_inv", "_scales")
 POWERS = "_scales"
 SHOWN = 8
@@ -227,6 +229,6 @@ def _hash_files(root: Path, names: list[str]) -> dict[str, str]:
 
 def manifest_bytes(facts: Mapping[str, object], digests: Mapping[str, str]) -> bytes:
     """``moezip/manifest.json``: ``facts`` (version, command, fingerprints, seed, ...) and the SHA-256 of every file but
-    itself and the report."""
+    itself, the report and saved measurements."""
     files = {name: digests[name] for name in sorted(digests) if name not in UNLISTED}
     return (json.dumps({**facts, "files": files}, indent=2, ensure_ascii=False) + "\n").encode()

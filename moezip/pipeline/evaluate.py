@@ -22,14 +22,29 @@ def evaluate_command(
     data: Sequence[Path] = (),
     tasks: Sequence[Path] = (),
     tokens: int | None = None,
+    save: bool = False,
 ) -> Evaluation:
-    """Loss, divergence from ``against`` and task scores of a checkpoint, streamed."""
+    """Loss, divergence from ``against`` and task scores of a checkpoint, streamed.
+
+    Args:
+        save: keep what was found in the checkpoint's ``moezip/evaluation.json``, and say it in its card.
+    """
+    from moezip.evaluate import saved
+    from moezip.report.card import refresh_card
+
     model = opened(checkpoint)
+    if save:
+        saved.require_place(model.source.folder)
     reference = None if against is None else opened(against)
-    return evaluate_source(
+    found = evaluate_source(
         model.source, common, against=None if reference is None else reference.source, data=data, tasks=tasks,
         tokens=tokens,
     )  # fmt: skip
+    if save:
+        request = saved.Request(data, tasks, None if reference is None else reference.source.folder)
+        saved.save(model.source.folder, found.to_json(), request, common.command)
+        refresh_card(model.source.folder)
+    return found
 
 
 def evaluate_source(

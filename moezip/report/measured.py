@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from moezip.errors import CheckpointError
+from moezip.evaluate.saved import load
+from moezip.export.verify import EVALUATION
 
-EVALUATION = "moezip/evaluation.json"
-VERSION = 1
 BESIDE = ".evaluate.json"  # what `moezip run` leaves beside a job's folder
 
 
@@ -132,17 +132,9 @@ def evaluations_of(folder: Path) -> tuple[Measured, ...]:
     Raises:
         CheckpointError: a file that cannot be read, or is of another version.
     """
-    own, beside = folder / EVALUATION, folder.with_name(f"{folder.name}{BESIDE}")
-    if own.is_file():
-        data = _read(own)
-        if not isinstance(data, dict) or data.get("version") != VERSION:
-            version = data.get("version") if isinstance(data, dict) else None
-            raise CheckpointError(
-                f"evaluations of version {version}, this moezip reads {VERSION}", where=own,
-                next="use a newer moezip, or measure again (moezip evaluate --save)",
-            )  # fmt: skip
-        return parsed(data.get("evaluations"), own)
-    return beside_of(beside)
+    if (folder / EVALUATION).is_file():
+        return parsed(load(folder), folder / EVALUATION)
+    return beside_of(folder.with_name(f"{folder.name}{BESIDE}"))
 
 
 def beside_of(file: Path) -> tuple[Measured, ...]:

@@ -287,7 +287,7 @@ class Batch:
                 if kept and measured < len(known) and self.state.holds(entry, digest):
                     record["evaluations"].append(known[measured])
                 else:
-                    record["evaluations"].append(self._evaluate(step.evaluate, source, common))
+                    record["evaluations"].append(self._evaluate(step.evaluate, source, common, record["out"] is not None))
                 measured += 1
             done(entry, digest)
         done(f"job {name}", self.digest(name))
@@ -354,11 +354,11 @@ class Batch:
             settings=settings, texts=texts, plan=plan, values=values,
         )  # fmt: skip
 
-    def _evaluate(self, step: Evaluate, checkpoint: str, common: Common) -> dict[str, Any]:
+    def _evaluate(self, step: Evaluate, checkpoint: str, common: Common, save: bool) -> dict[str, Any]:
         against = None if step.against is None else self.checkpoint(step.against)
         common = common if step.seq_len is None else replace(common, seq_len=step.seq_len)
         result = evaluate_command(
-            checkpoint, common, against=against, data=step.data, tasks=step.tasks, tokens=step.tokens
+            checkpoint, common, against=against, data=step.data, tasks=step.tasks, tokens=step.tokens, save=save
         )
         return result.to_json()
 
