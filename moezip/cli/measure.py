@@ -91,6 +91,7 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Measures a checkpoint, streamed: loss on text, divergence from a reference, task accuracy."""
+    from moezip.console.evaluation import show_evaluation
     from moezip.pipeline import evaluate_command
 
     with console.watching(quiet) as watch:
@@ -101,4 +102,4 @@ def evaluate(
     if as_json:
         console.data(result.to_json())
         return
-    results.show_evaluation(result)
+    show_evaluation(result)

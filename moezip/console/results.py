@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from moezip import console
 
 if TYPE_CHECKING:
-    from moezip.evaluate.result import Evaluation
     from moezip.pipeline import Estimate, Outcome
     from moezip.pipeline.batch import JobResult
     from moezip.pipeline.quantize import Outcome as QuantizeOutcome
@@ -278,29 +277,6 @@ def say_super_experts(profile: Mapping[str, Any] | None) -> None:
     bars += f"{profile['above_share']:.3g}"
     found = ", ".join(f"layer {e['layer']} expert {e['expert']} ({e['peak']:.3g})" for e in profile["found"])
     console.say(f"super experts: {found or 'none'}; largest |output| above {bars}")
-
-
-def show_evaluation(result: Evaluation) -> None:
-    """Losses by text, and tasks."""
-    if result.by_file:
-        columns = ("text", "loss", "perplexity", "tokens") + (
-            ("reference", "rise", "KL", "same top-1") if result.against else ()
-        )
-        rows = []
-        for row in result.rows():
-            cells: list[Any] = [row.name, f"{row.loss.nll:.4f}", f"{row.loss.perplexity:.2f}", f"{row.loss.tokens:,}"]
-            if row.divergence is not None:
-                reference = row.divergence
-                cells += [f"{reference.nll:.4f}", f"{row.loss.nll - reference.nll:+.4f}", f"{reference.kl:.4f}",
-                          f"{reference.top1_agreement:.1%}"]  # fmt: skip
-            rows.append(cells)
-        console.table(f"loss in nats per token, windows of {result.seq_len}", columns, rows)
-    if result.tasks:
-        console.table("tasks", ("questions", "right", "of"),
-                      [(name, f"{score.accuracy:.1%}", score.n) for name, score in result.tasks.items()])  # fmt: skip
-    if result.skipped is not None:
-        skipped = result.skipped
-        console.say(f"{skipped.rule} skipped {skipped.share:.1%} of {sum(skipped.calls.values()):,} expert calls")
 
 
 def show_demo(found: Sequence[JobResult], chosen_for: Collection[str], out: Path, quiet: bool) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moezip.calibrate.data import Rows, stack
 from moezip.calibrate.hidden import HiddenStates
@@ -91,6 +92,7 @@ def forward(
     *,
     folder: Path | None,
     keep: bool = False,
+    watches: Sequence[Any] = (),
     progress: Progress | None = None,
     stage: str = "",
 ) -> list[HiddenStates]:
@@ -99,6 +101,7 @@ def forward(
     Args:
         folder: where the hidden states are kept in files; None keeps them in memory.
         keep: leave the layers loaded for the next call.
+        watches: captures (``moezip.calibrate.capture``) of the first groups; the others are not watched.
     """
     files = [None if folder is None else folder / f"hidden-{number}.bin" for number in range(len(groups))]
     states = stream.embed_all([each.rows for each in groups], files)
@@ -107,8 +110,8 @@ def forward(
             stream.skeleton.free(stream.skeleton.embedding_targets())
         # the groups take turns at every layer: all but the last leave it loaded for the next
         turns = [
-            stream.run(each.rows, held, keep=keep or number < len(groups) - 1)
-            for number, (each, held) in enumerate(zip(groups, states, strict=True))
+            stream.run(each.rows, held, keep=keep or number < len(groups) - 1, capture=watch)
+            for number, (each, held, watch) in enumerate(zip_longest(groups, states, watches))
         ]
         for done in zip(*turns, strict=True):
             if progress is not None:

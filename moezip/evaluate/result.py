@@ -5,7 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from moezip.evaluate.confidence import Interval, Paired, Rise, share_interval
+
+if TYPE_CHECKING:
+    from moezip.evaluate.routing import Routing
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,10 +20,12 @@ class Loss:
     Attributes:
         nll: mean over the scored tokens, nats per token.
         tokens: how many tokens were scored (the first of each window is not).
+        interval: of ``nll``, by the bootstrap over windows; None where there are too few.
     """
 
     nll: float
     tokens: int
+    interval: Interval | None = None
 
     @property
     def perplexity(self) -> float:
@@ -26,12 +33,14 @@ class Loss:
         return math.exp(self.nll) if self.nll < 709 else math.inf
 
     def to_json(self) -> dict[str, Any]:
-        """``nll``, ``perplexity`` (null where infinite), ``tokens``."""
-        perplexity = self.perplexity
+        """``nll``, ``perplexity`` (null where infinite), ``tokens``; ``nll_low``, ``nll_high`` (null without)."""
+        perplexity, interval = self.perplexity, self.interval
         return {
             "nll": self.nll,
             "perplexity": perplexity if math.isfinite(perplexity) else None,
             "tokens": self.tokens,
+            "nll_low": None if interval is None else interval.low,
+            "nll_high": None if interval is None else interval.high,
         }
 
 
@@ -43,27 +52,56 @@ class Divergence:
         kl: mean KL(reference || model), nats per token.
         top1_agreement: share of tokens for which both find the same token likeliest.
         nll: the reference's own loss, nats per token.
+        rise: how much larger the model's is.
     """
 
     kl: float
     top1_agreement: float
     nll: float
+    rise: Rise
 
     def to_json(self) -> dict[str, Any]:
-        """``kl``, ``top1_agreement``, ``nll``."""
-        return {"kl": self.kl, "top1_agreement": self.top1_agreement, "nll": self.nll}
+        """``kl``, ``top1_agreement``, ``nll``; ``rise``, ``rise_low``, ``rise_high``, ``significant``."""
+        return {"kl": self.kl, "top1_agreement": self.top1_agreement, "nll": self.nll, **self.rise.to_json()}
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Share ``accuracy`` of ``n`` questions answered rightly."""
+    """Questions of one file.
 
-    accuracy: float
-    n: int
+    Attributes:
+        right: whether each was answered rightly, in the file's order.
+        against: how the reference answered them; None without one.
+    """
+
+    right: tuple[bool, ...]
+    against: Paired | None = None
+
+    @property
+    def n(self) -> int:
+        """How many questions there are."""
+        return len(self.right)
+
+    @property
+    def accuracy(self) -> float:
+        """The share answered rightly."""
+        return sum(self.right) / self.n
+
+    @property
+    def interval(self) -> Interval:
+        """Of the accuracy, by Wilson's formula."""
+        return share_interval(sum(self.right), self.n)
 
     def to_json(self) -> dict[str, Any]:
-        """``accuracy``, ``n``."""
-        return {"accuracy": self.accuracy, "n": self.n}
+        """``accuracy``, ``n``, ``low`` and ``high`` (95 %), ``against`` (``Paired.to_json``, null without)."""
+        interval, against = self.interval, None if self.against is None else self.against.to_json()
+        return {
+            "accuracy": self.accuracy,
+            "n": self.n,
+            "low": interval.low,
+            "high": interval.high,
+            "against": against,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +150,7 @@ class Evaluation:
         tasks: per task file, under its stem.
         seq_len: tokens per window.
         skipped: what a rule of the checkpoint's config skipped; None where it has none.
+        routing: how far it chooses the experts that the reference chose; None without a reference or without text.
     """
 
     loss: Loss | None
@@ -121,6 +160,7 @@ class Evaluation:
     against_by_file: Mapping[str, Divergence] = field(default_factory=dict)
     tasks: Mapping[str, Score] = field(default_factory=dict)
     skipped: Skipped | None = None
+    routing: Routing | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The JSON of ``moezip evaluate --json``; ``against`` and the loss are null where not measured."""
@@ -128,7 +168,8 @@ class Evaluation:
         against = None
         if self.against is not None:
             by_file = {name: found.to_json() for name, found in self.against_by_file.items()}
-            against = {**self.against.to_json(), "by_file": by_file}
+            routing = None if self.routing is None else self.routing.to_json()
+            against = {**self.against.to_json(), "by_file": by_file, "routing": routing}
         return {
             **loss,
             "seq_len": self.seq_len,

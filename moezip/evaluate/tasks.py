@@ -238,7 +238,7 @@ class Tasks:
         return not self.matches[match][1].answer.startswith(text.rstrip("\ufffd").strip())
 
     def scores(self) -> dict[str, Score]:
-        """Accuracy per file, once nothing is unfinished."""
+        """What was answered rightly per file, once nothing is unfinished."""
         right: dict[str, list[bool]] = {name: [] for name in self.names}
         position = 0
         for name, choice in self.choices:
@@ -247,7 +247,7 @@ class Tasks:
             right[name].append(best_choice(logprobs) == choice.answer)
         for i, (name, match) in enumerate(self.matches):
             right[name].append(self.answer(i) == match.answer)
-        return {name: Score(sum(found) / len(found), len(found)) for name, found in right.items()}
+        return {name: Score(tuple(found)) for name, found in right.items()}
 
 
 def best_choice(logprobs: Sequence[Sequence[float]]) -> int:

@@ -287,7 +287,9 @@ class Batch:
                 if kept and measured < len(known) and self.state.holds(entry, digest):
                     record["evaluations"].append(known[measured])
                 else:
-                    record["evaluations"].append(self._evaluate(step.evaluate, source, common, record["out"] is not None))
+                    record["evaluations"].append(
+                        self._evaluate(step.evaluate, source, common, record["out"] is not None)
+                    )
                 measured += 1
             done(entry, digest)
         done(f"job {name}", self.digest(name))
