@@ -180,7 +180,7 @@ def own_loss(path: Path, rows: Any) -> float:
     import torch
 
     import moezip as package
-    from benchmarks.conformance_read import nll
+    from conformance_read import nll
 
     model, losses = package.load(path), []
     for row in torch.from_numpy(rows):
@@ -227,7 +227,7 @@ def by_script(kind: str, overlay: bool = False) -> Callable[[Path, dict[str, Pat
 
 
 def by_llama_cpp(place: Path, forms: dict[str, Path], rows: Path) -> dict[str, dict[str, Any]]:
-    from benchmarks.conformance_read import nll
+    from conformance_read import nll
 
     found: dict[str, dict[str, Any]] = {}
     for name, path in forms.items():

@@ -140,7 +140,13 @@ def unread(reader: str, codes: Codes, view: Source) -> str | None:
         return misread(codes, view)
     if reader == "sglang" and not set(widths) <= {4, 8}:
         return f"SGLang reads 4 and 8 bits, here are {', '.join(map(str, widths))}"
-    zeros = any(not grid.symmetric for grid in codes.grids.values())
-    if reader in ("vllm", "sglang") and method == gptq.METHOD and zeros:
+    if method == gptq.METHOD:
+        return unread_gptq(reader, all(grid.symmetric for grid in codes.grids.values()))
+    return None
+
+
+def unread_gptq(reader: str, symmetric: bool) -> str | None:
+    """Why ``reader`` does not read codes in GPTQ's layout; None where it does."""
+    if reader in ("vllm", "sglang") and not symmetric:
         return "vLLM and SGLang read GPTQ without zeros only"
     return None

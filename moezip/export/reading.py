@@ -1,7 +1,7 @@
 """Who reads a checkpoint in the form that it was written in, and how: for reports and model cards.
 
 What is said of vLLM and SGLang is from their source code (0.33 and 0.5.23), of transformers from running 5.23, of
-llama.cpp's converter from running it.
+llama.cpp from running files that ``moezip export --to gguf`` wrote.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from moezip.arch.families import identify
 from moezip.arch.layout import own_format
 from moezip.errors import MoezipError
-from moezip.export.packed import as_compressed_tensors, codes_of, unread
+from moezip.export.gguf_families import FAMILIES
+from moezip.export.packed import as_compressed_tensors, codes_of, unread, unread_gptq
 from moezip.export.remade import stock_config
+from moezip.formats.gptq import METHOD
 from moezip.runtime.skipping import Skipping
 
 if TYPE_CHECKING:
@@ -28,6 +31,7 @@ LOAD = f'import moezip\nmodel = moezip.load("{PLACE}")'
 PRETRAINED = f'from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained("{PLACE}")'
 SERVE = {"vllm": f"vllm serve {PLACE}", "sglang": f"python -m sglang.launch_server --model-path {PLACE}"}
 CONVERT = f"python convert_hf_to_gguf.py {PLACE} --outfile model.gguf"
+GGUF = f"moezip export {PLACE} model.gguf --to gguf"
 CODES = f"moezip export {PLACE} codes --to compressed-tensors"
 PLAIN = f"moezip export {PLACE} plain --to safetensors"
 
@@ -80,8 +84,16 @@ def _stock(reader: str, source: Source) -> Reading:
     if reader == "transformers":
         return Reading(reader, "yes", "a stock checkpoint, no moezip needed", PRETRAINED)
     if reader == "llamacpp":
-        return Reading(reader, "detour", "after its own converter, where that knows the source's architecture", CONVERT)
+        return _llamacpp(source)
     return Reading(reader, "yes", "as it reads the source", SERVE[reader])
+
+
+def _llamacpp(source: Source) -> Reading:
+    """Of layers and experts that are alike."""
+    if identify(source.config, source.folder).name in FAMILIES:
+        return Reading("llamacpp", "detour", "reads a GGUF file of it, which packs weights anew or not at all", GGUF)
+    why = "reads a GGUF file of it, where its own converter knows the source's architecture; moezip does not"
+    return Reading("llamacpp", "detour", why, CONVERT)
 
 
 def _own(reader: str, source: Source) -> Reading:
@@ -92,6 +104,8 @@ def _own(reader: str, source: Source) -> Reading:
     except MoezipError:  # a family whose config cannot say the experts' width
         alike = False
     packed = bool((source.config.get("quantization_config") or {}).get("packed"))
+    if alike and reader == "llamacpp" and identify(source.config, source.folder).name in FAMILIES:
+        return _llamacpp(source)
     if alike and packed and reader != "llamacpp" and _exportable(reader, source):
         return Reading(reader, "detour", "reads the same codes as compressed-tensors names them", CODES)
     if alike and packed:
@@ -124,13 +138,17 @@ def _mone(reader: str, source: Source) -> Reading:
 
 def _coded(reader: str, source: Source) -> Reading:
     if reader == "llamacpp":
-        why = "is given plain numbers, which its own converter packs anew"
-        return Reading(reader, "detour", why, f"{PLAIN}\npython convert_hf_to_gguf.py plain --outfile model.gguf")
-    why = unread(reader, codes_of(source), source)
+        return _llamacpp(source)
+    told = source.config["quantization_config"]
+    gptq = told["quant_method"] == METHOD
+    if gptq:
+        symmetric = all(each.get("sym", True) for each in (told, *told.get("dynamic", {}).values()))
+        why = unread_gptq(reader, symmetric)
+    else:
+        why = unread(reader, codes_of(source), source)
     if why is not None:
         return Reading(reader, "no", why)
     if reader == "transformers":
-        gptq = source.config["quantization_config"]["quant_method"] == "gptq"
         package = "the package gptqmodel, which has not been tried" if gptq else "the package compressed-tensors"
         return Reading(reader, "yes", f"with {package}", PRETRAINED)
     return Reading(reader, "yes", "", SERVE[reader])
