@@ -481,6 +481,9 @@ def test_pmq_costs_by_hand() -> None:
     code = [[2 / 3, 1 / 3, 1 / 6], [1, 1 / 2, 1 / 4]]
     np.testing.assert_allclose(costs(*inputs, PmqParams()), paper, rtol=ROUNDING)
     np.testing.assert_allclose(costs(*inputs, PmqParams("code")), code, rtol=ROUNDING)
+    assert PmqParams().told == (
+        "exponents 1, 1, 2 of access, gate weight and loss (paper 1, 1, 2; code 1, 1.5, 1)"
+    )
     own = PmqParams("code", alpha=0.0, gamma=2.0)
     assert own.powers == (0.0, 1.5, 2.0)
     np.testing.assert_allclose(costs(*inputs, own)[1], [1 / 4, 1 / 16, 1 / 64], rtol=ROUNDING)
@@ -590,3 +593,5 @@ def test_table_of_widths() -> None:
     )
     assert "CBC and proven the least; it" in search_line(replace(found, proven=True))
     assert search_line(replace(found, nats=None, answered="pmq")) == "chosen by pmq; no price"
+    priced = search_line(replace(found, bound=None, answered="pmq"))
+    assert priced == "predicted 0.500000 nats per token, chosen by pmq"

@@ -150,8 +150,8 @@ def test_the_packed_view_is_the_model_that_was_solved(family: str, tiny: Tiny, t
     outputs: list[torch.Tensor] = []
     advance = stream.advance
 
-    def kept(index: int, rows: Rows, states: Any, capture: Any = None) -> None:
-        advance(index, rows, states, capture)
+    def kept(index: int, rows: Rows, states: Any, capture: Any = None, most: int | None = None) -> None:
+        advance(index, rows, states, capture, most)
         outputs.append(states.read(0, 1).clone())
 
     stream.advance = kept  # type: ignore[method-assign]
@@ -299,6 +299,7 @@ def shards(folder: Path) -> dict[str, bytes]:
         (("--bits", 4, "--solver", "rtn", "--set", "atention=4"), "did you mean 'attention'"),
         (("--bits", 4, "--solver", "gptqq"), "did you mean 'gptq'"),
         (("--bits", 3, "--allocate", "lp", "--set", "attention=5"), "5 bits are not priced"),
+        (("--bits", 4, "--solver", "rtn", "--for", "llamacpp"), "llama.cpp reads none of the formats"),
     ],
 )
 def test_what_cannot_be_is_told_before_any_work(words: tuple[Any, ...], told: str, cli: Any, tmp_path: Path) -> None:

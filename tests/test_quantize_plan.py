@@ -98,7 +98,7 @@ def test_the_size_of_a_dry_run_is_about_that_of_the_run(asked: Any, cli: Cli, tm
     ("words", "message"),
     [
         (("--allocate", "lp", "--bits", 0.2), "smallest choice takes"),
-        (("--allocate", "lp", "--size", 4000), "never packed"),
+        (("--allocate", "lp", "--size", 4000), "bytes are enough for every matrix in its fewest bits"),
         (("--allocate", "lp", "--bits", 4.5, "--for", "vllm"), "--granularity layer"),
         (("--allocate", "pmq", "--bits", 1.1), "pmq cannot share"),
         (("--allocate", "outlier", "--bits", 0.2), "smallest choice takes"),

@@ -101,6 +101,11 @@ def check_wanted(wanted: Wanted) -> None:
     """Raises UsageError for what cannot be, before any work."""
     lookup(wanted.allocate, ALLOCATORS, "way to allocate bits")
     lookup(wanted.granularity, GRANULARITIES, "granularity")
+    if wanted.reader == "llamacpp":
+        raise UsageError(
+            "llama.cpp reads none of the formats that codes are written in", where="--for llamacpp",
+            next="quantize for moezip, then see `moezip export --help` for what llama.cpp is given",
+        )  # fmt: skip
     if wanted.reader is not None:
         lookup(wanted.reader, READERS, "reader of packed checkpoints")
     if (wanted.bits is None) == (wanted.size is None):
@@ -268,9 +273,10 @@ class Chooser:
         named = {matrix.name for matrix in matrices}
         rest = sum(self.split.spec(name).bytes for name in self.split.names() if name not in named)
         if self.wanted.size <= rest:
+            least = rest + sum(min(matrix.nbytes(form) for form in matrix.nats) for matrix in matrices)
             raise PlanError(
                 f"--size allows {self.wanted.size:,} bytes, and what is never packed takes {rest:,} alone",
-                next="allow more",
+                next=f"allow more; {least:,} bytes are enough for every matrix in its fewest bits",
             )
         return self.wanted.size - rest
 
@@ -328,7 +334,8 @@ class Chooser:
         stored = sum(matrix.nbytes(allocation.forms[matrix.name]) for matrix in experts)
         line = (
             f"experts: {np.mean(list(bits.values())):.3f} bits of codes on average, "
-            f"{8 * stored / sum(matrix.weights for matrix in experts):.3f} stored bits per weight"
+            f"{8 * stored / sum(matrix.weights for matrix in experts):.3f} stored bits per weight; "
+            f"{wanted.params.told}"
         )
         return replace(widths, lines=(*widths.lines, line))
 

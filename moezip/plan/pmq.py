@@ -45,6 +45,16 @@ class PmqParams:
         own = (self.alpha, self.beta, self.gamma)
         return tuple(p if mine == PRESET else mine for mine, p in zip(own, preset, strict=True))  # type: ignore[return-value]
 
+    @property
+    def told(self) -> str:
+        """The exponents that were used, and both published sets, for people."""
+        named = "; ".join(f"{name} {_three(powers)}" for name, powers in EXPONENTS.items())
+        return f"exponents {_three(self.powers)} of access, gate weight and loss ({named})"
+
+
+def _three(powers: tuple[float, float, float]) -> str:
+    return ", ".join(f"{power:g}" for power in powers)
+
 
 def code_bits(experts: int, bits: float) -> int:
     """A layer's budget: bits per weight, one for each expert, rounded half up.

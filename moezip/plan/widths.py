@@ -188,8 +188,10 @@ def width_table(matrices: Sequence[Matrix], allocation: Allocation) -> WidthTabl
 
 def search_line(allocation: Allocation) -> str:
     """What a person should know of the answer: predicted nats, the bound, the gap, and who found it."""
-    if allocation.nats is None or allocation.bound is None or allocation.gap is None:
+    if allocation.nats is None:
         return f"chosen by {allocation.answered}; no price"
+    if allocation.bound is None or allocation.gap is None:
+        return f"predicted {allocation.nats:.6f} nats per token, chosen by {allocation.answered}"
     line = (
         f"predicted {allocation.nats:.6f} nats per token, at least {allocation.bound:.6f} at this granularity "
         f"(gap {100 * allocation.gap:.3f}%), found by {FOUND_BY.get(allocation.answered, allocation.answered)}"
