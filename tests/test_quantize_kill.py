@@ -1,4 +1,4 @@
-"""An ``lp`` run that is killed between two layers, as a process of its own, goes on with the same bytes."""
+"""An ``lp`` run that is killed, as a process of its own, goes on with the same bytes."""
 
 from __future__ import annotations
 
@@ -25,6 +25,21 @@ def save_and_wait(self, step, *more):
     while step == {step!r}:
         time.sleep(1)
 {module}.{kind}.save = save_and_wait
+sys.argv[0] = "moezip"
+from moezip.cli import main
+main()
+"""
+
+# The same once every shard is written, before the folder gets its name.
+HANG_AT_THE_END = """
+import sys, time
+from pathlib import Path
+from moezip.checkpoint.writer import Staging
+def wait(self):
+    Path({mark!r}).touch()
+    while True:
+        time.sleep(1)
+Staging.publish = wait
 sys.argv[0] = "moezip"
 from moezip.cli import main
 main()
@@ -91,3 +106,25 @@ def test_killed_between_layers_the_same_bytes(
     assert cli("quantize", words[1], tmp_path / "straight", *options).code == 0
     assert model_files(out) == model_files(tmp_path / "straight")
     assert not [name for name in tree(tmp_path) if name.startswith("work")]
+
+
+def test_killed_while_it_is_written_the_same_bytes(
+    cli: Cli, tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, work, mark = write_text(tmp_path / "text.jsonl"), tmp_path / "work", tmp_path / "written"
+    out = tmp_path / "models" / "out"
+    options = ("--bits", 3, "--group-size", 0, "--data", text, "--tokens", 256, "--seq-len", 32, "--quiet")
+    words = ("quantize", tiny("qwen3_moe", dtype="bfloat16"), out, *options)
+    killed((*words, "--workdir", work), HANG_AT_THE_END.format(mark=str(mark)), mark)
+    assert not out.exists()
+
+    def never(*_: object) -> None:
+        raise AssertionError("a layer is solved again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("moezip.pipeline.layerwise.Solved.save", never)
+        answer = cli(*words, "--workdir", work, "--resume")
+    assert answer.code == 0, answer.err
+    assert cli("quantize", words[1], tmp_path / "straight", *options).code == 0
+    assert model_files(out) == model_files(tmp_path / "straight")
+    assert [path.name for path in out.parent.iterdir()] == ["out"]  # what the killed run had written is gone
