@@ -84,7 +84,8 @@ def solved_at(bits: int, solver: str, work: Path, given: Any, job: Any, rows: An
     """Codes of every matrix at one width, in a folder."""
     from moezip.calibrate.stream import Stream
     from moezip.formats.packed import Grid
-    from moezip.pipeline.layerwise import Layerwise, Solved, solve_free
+    from moezip.pipeline.layerwise import Layerwise, solve_free
+    from moezip.pipeline.solved import Solved
     from moezip.plan.packed import LayerFiles
 
     plain, split, group, method, params = job

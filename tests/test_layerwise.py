@@ -23,7 +23,8 @@ from moezip.errors import ArchitectureError, MoezipError
 from moezip.formats.packed import Grid
 from moezip.pipeline.common import opened
 from moezip.pipeline.items import items_of
-from moezip.pipeline.layerwise import Layerwise, Solved
+from moezip.pipeline.layerwise import Layerwise
+from moezip.pipeline.solved import Solved
 from moezip.pipeline.widths import uniform
 from moezip.plan.apply import Applied
 from moezip.plan.packed import LayerFiles, Packed

@@ -68,7 +68,7 @@ def killed(words: tuple[object, ...], code: str, appears: Path) -> None:
     ("module", "kind", "step", "file"),
     [
         ("price_files", "PriceFiles", "0001", "prices-0001.json"),
-        ("layerwise", "Solved", "layer-0001", "layer-0001.safetensors"),
+        ("solved", "Solved", "layer-0001", "layer-0001.safetensors"),
     ],
     ids=["while widths are priced", "while codes are solved"],
 )
@@ -122,7 +122,7 @@ def test_killed_while_it_is_written_the_same_bytes(
         raise AssertionError("a layer is solved again")
 
     with monkeypatch.context() as patched:
-        patched.setattr("moezip.pipeline.layerwise.Solved.save", never)
+        patched.setattr("moezip.pipeline.solved.Solved.save", never)
         answer = cli(*words, "--workdir", work, "--resume")
     assert answer.code == 0, answer.err
     assert cli("quantize", words[1], tmp_path / "straight", *options).code == 0

@@ -434,7 +434,7 @@ def make_merge_plan(
 ) -> tuple[Plan, Solved, list[str]]:
     """The plan, its solved values in ``folder``, and what the report should say."""
     from moezip.calibrate.weights import weight_statistics
-    from moezip.pipeline.layerwise import job_digest
+    from moezip.pipeline.solved import job_digest
 
     model, method, params = prepared.model, prepared.method, prepared.params
     named: dict[int, dict[str, Array]] = {fact.layer: {} for fact in model.facts}

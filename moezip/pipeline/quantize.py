@@ -35,7 +35,7 @@ from moezip.report.report import Report, peak_rss_bytes
 if TYPE_CHECKING:
     from moezip.calibrate.data import DomainText, Rows
     from moezip.pipeline.export import Form
-    from moezip.pipeline.layerwise import LayerReport, Solved
+    from moezip.pipeline.solved import LayerReport, Solved
     from moezip.pipeline.widths import Chooser, Wanted, Widths
     from moezip.plan.widths import Granularity
 
@@ -291,7 +291,7 @@ def solve_quantize(
     tell: Callable[[Widths], None] = lambda chosen: None,
 ) -> Codes:
     """Chooses widths and solves codes into ``folder``, where they stay."""
-    from moezip.pipeline.layerwise import Solved, job_digest
+    from moezip.pipeline.solved import Solved, job_digest
 
     decided = decide_widths(prepared, job, common, clock, folder, prepared.reads_text)
     tell(decided.chosen)

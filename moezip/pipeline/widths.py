@@ -239,7 +239,7 @@ class Chooser:
 
     def _prices(self, stats: Statistics) -> PriceTable:
         from moezip.calibrate.stream import Stream
-        from moezip.pipeline.layerwise import job_digest
+        from moezip.pipeline.solved import job_digest
 
         assert self.rows is not None
         grids = [self.wanted.grid(bits) for bits in WIDTHS]
