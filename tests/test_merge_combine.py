@@ -230,7 +230,7 @@ def test_the_neurons_are_the_members_own(tiny: Tiny) -> None:
 # -- truncation -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("share", [0.25, 0.5, 0.9])
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.9, 1.0])
 def test_truncation_is_that_of_the_joint_svd(share: float) -> None:
     """methods of the paper step by step: whiten, SVD side by side, cut, undo the whitening, average, multiply."""
     generator = torch.Generator().manual_seed(0)
