@@ -193,30 +193,27 @@ def test_a_stock_router_makes_a_stock_checkpoint(name: str, tiny: Tiny, tmp_path
 
 @families
 def test_the_default_router_is_stock(name: str, tiny: Tiny, text: Path, tmp_path: Path, cli: Cli) -> None:
-    """Rows fitted to the text where the router is a softmax, the dominant experts' elsewhere; smaller, and read by
+    """Experts that are solved get rows fitted to the text where the router is a softmax; smaller, and read by
     transformers as it is."""
     folder, out = tiny(name, dtype="bfloat16"), tmp_path / "out"
-    source = Checkpoint.open(folder)
-    answer = cli("merge", folder, out, "--keep", 6, "--data", text, "--tokens", 256, "--seq-len", 64, "--json")
+    source, solved = Checkpoint.open(folder), ("--set", "combine=neurons")
+    words = ("merge", folder, out, "--keep", 6, "--data", text, "--tokens", 256, "--seq-len", 64, *solved, "--json")
+    answer = cli(*words)
     assert answer.code == 0, answer.err
     softmax = identify(source.config).scoring == "softmax"
     routers = {layer.router for layer in Plan.load(out / "moezip" / "plan.json").layers}
-    assert routers == {"fitted" if softmax else "kept"} and answer.json["settings"]["router"] == (
-        "sum" if softmax else "dominant"
-    )
+    assert routers == {"fitted" if softmax else "kept"}
+    assert answer.json["settings"]["router"] == ("sum" if softmax else "dominant")
     output, rows = Checkpoint.open(out), plain_rows()
     assert source_bytes(output) < source_bytes(source) and "quantization_config" not in output.config
     assert largest_difference(streamed_logits(output, rows), full_logits(load(out), rows), rows) == 0.0
 
 
-def test_without_text_routers_keep_rows_and_say_so(tiny: Tiny, text: Path, tmp_path: Path, cli: Cli) -> None:
-    folder, stats = tiny("qwen3_moe", dtype="bfloat16"), tmp_path / "stats"
-    assert cli("calibrate", folder, "--data", text, "--tokens", 256, "--seq-len", 64, "--out", stats).code == 0
-    answer = cli("merge", folder, tmp_path / "out", "--keep", 6, "--stats", stats, "--json")
-    assert answer.code == 0 and any("with --data, rows are fitted" in note for note in answer.json["notes"])
-    chosen = cli("merge", folder, tmp_path / "b", "--keep", 6, "--stats", stats, "--set", "router=dominant", "--json")
-    assert chosen.code == 0 and not any("rows are fitted" in note for note in chosen.json["notes"])
-    assert model_files(tmp_path / "out") == model_files(tmp_path / "b")
+def test_averages_keep_the_dominant_experts_rows(tiny: Tiny, text: Path, tmp_path: Path, cli: Cli) -> None:
+    folder, out = tiny("qwen3_moe", dtype="bfloat16"), tmp_path / "out"
+    answer = cli("merge", folder, out, "--keep", 6, "--data", text, "--tokens", 256, "--seq-len", 64, "--json")
+    assert answer.code == 0 and answer.json["settings"]["router"] == "dominant"
+    assert {layer.router for layer in Plan.load(out / "moezip" / "plan.json").layers} == {"kept"}
 
 
 def source_bytes(source: Checkpoint) -> int:

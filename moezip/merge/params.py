@@ -30,10 +30,10 @@ class MergeParams:
             (those of the members' that together explain the outputs best, with the down projection of least error).
         router: the merged expert's row: that of its ``dominant`` member; one fitted to the ``sum`` of the members'
             scores (softmax routers only); or ``remap``: all rows stay and any member's row leads to the merged expert,
-            which only moezip reads. ``auto`` is the stock form that lost less where half of the experts or more went:
-            ``sum`` where it can be, with text, else ``dominant``. Rise of the loss of the reference model on held-out
-            text, m-smoe with ``combine=neurons``: keeping 24 of 32 experts 0.015 dominant, 0.017 sum, 0.010 remap; 16:
-            0.147, 0.104, 0.080; 8: 0.596, 0.416, 0.338.
+            which only moezip reads. ``auto`` is the stock form that lost less: ``sum`` with ``least-squares`` and
+            ``neurons`` where it can be, else ``dominant``. Rise of the loss of the reference model on held-out text,
+            m-smoe with ``combine=neurons``: keeping 24 of 32 experts 0.015 dominant, 0.017 sum, 0.010 remap; 16:
+            0.147, 0.104, 0.080; 8: 0.596, 0.416, 0.338. With averages the three are as good as equal.
         price: predict the rise of the loss, which takes a backward pass over the text. What the router does with other
             rows is left out. On the reference model (21 plans of m-smoe) predicted and measured rises have a rank
             correlation of 0.92; averages rise by 0.4 to 2.7 times the prediction, ``combine=neurons`` by 2.4 to 6 with
@@ -73,15 +73,11 @@ def require_one_of(key: str, value: str, known: tuple[str, ...]) -> None:
         raise UsageError(f"{key} is {words}, not {value!r}", where=f"--set {key}={value}")
 
 
-def settled(params: Any, scoring: str, text: bool) -> Any:
-    """The settings with a router in place of ``auto``.
-
-    Args:
-        scoring: of the model's router. text: whether there is text to fit rows to.
-    """
+def settled(params: Any, scoring: str) -> Any:
+    """The settings with a router in place of ``auto``; ``scoring`` is of the model's router."""
     if params.router != "auto":
         return params
-    return replace(params, router="sum" if scoring == "softmax" and text else "dominant")
+    return replace(params, router="sum" if scoring == "softmax" and params.combine in SOLVED else "dominant")
 
 
 def looks(params: Any) -> bool:

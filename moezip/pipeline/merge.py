@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,7 +105,7 @@ def prepare_merge(checkpoint: str, job: MergeJob, common: Common, model: Opened 
     check_reader(job.reader, counts_differ=job.scope == "model", remapped=remapped, factored=factored)
     model = seen_through(opened(checkpoint), job.plan, merging=True) if model is None else model
     require_uniform(model.source.config, "compressing", model.source.folder)
-    params = settled(params, model.architecture.scoring, bool(job.texts))
+    params = settled(params, model.architecture.scoring)
     if factored:
         require_raggable(model, "experts that are stored as factors")
     if job.scope == "model" or remapped:
@@ -126,12 +126,6 @@ def prepare_merge(checkpoint: str, job: MergeJob, common: Common, model: Opened 
         raise UsageError("both --data and --stats are given", next="statistics are either saved or taken anew")
     require_files(job.texts)
     return Prepared(model, method, params, keep)
-
-
-def fits_no_rows(prepared: Prepared, job: MergeJob) -> bool:
-    """Whether the router is a poorer one than it would have been with text."""
-    wanted = job.settings.get("router", "auto") == "auto" and prepared.model.architecture.scoring == "softmax"
-    return wanted and not job.texts and any(field.name == "router" for field in fields(prepared.params))
 
 
 def require_room(fact: LayerFacts, keep: int, remapped: bool) -> None:
@@ -416,8 +410,6 @@ def decide_merge(
             stats.save(save_stats)
     with clock.stage("merge"):
         plan, solved, notes = make_merge_plan(prepared, job, stats, common, workdir / FOLDER)
-    if fits_no_rows(prepared, job):
-        notes.append("merged experts have the router rows of their dominant ones; with --data, rows are fitted")
     return plan, solved, stats, notes
 
 
