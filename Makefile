@@ -11,7 +11,7 @@ ARGS ?=
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test sanitize gpu-check compat lint types docs bench conformance clean
+.PHONY: help demo test sanitize gpu-check compat lint types docs bench conformance arm-check clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -34,6 +34,11 @@ test: .venv/installed
 # The C++ kernels under the address and undefined-behaviour sanitizers; needs g++. Two minutes of processor time.
 sanitize: .venv/installed
 	$(PY) -m tests.sanitize
+
+# The C++ kernels compiled for 64-bit Arm, and run by qemu where it is there. Needs aarch64-linux-gnu-g++ (on Debian
+# g++-aarch64-linux-gnu, qemu-user-static). Half a minute.
+arm-check: .venv/installed
+	$(PY) -m tests.arm
 
 # The Triton kernels compiled for three GPUs, with none here: 1.5 minutes of processor time. Linux only. This installs
 # Triton (1 GB; the CUDA builds of torch bring it along), without which `make test` leaves out the tests of these kernels.

@@ -1,0 +1,128 @@
+"""Compiles the C++ kernels for 64-bit Arm and, where there is an emulator, compares its bits: `make arm-check`.
+
+Arm has one copy of the kernels, the baseline, of which the compiler makes NEON. Sums and products are fused nowhere in
+it, so that it gives the same bits everywhere. A small program multiplies matrices of all widths; what it prints when run
+by qemu has to be what it prints when built for this machine. Needs aarch64-linux-gnu-g++, and qemu-aarch64 to run.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from moezip.kernels import build
+
+COMPILER = "aarch64-linux-gnu-g++"
+
+PROGRAM = r"""
+#include <cstdint>
+#include <cstdio>
+#include <vector>
+typedef void* P;
+typedef int64_t L;
+extern "C" {
+int moezip_pack(int, int, P, L, L, int, P, L);
+int moezip_relay(int, int, P, L, L, L, L, int, P);
+int moezip_linear(int, int, P, int, P, int, L, P);
+int moezip_experts(int, int, P, L, L, int, int, float, float, P, int, L, L, P, P, P);
+int moezip_plain(int, int, P, int, P);
+}
+static uint32_t state = 1;
+static uint32_t drawn() { return state = state * 1664525u + 1013904223u; }
+static float number() { return (int32_t)drawn() * 0x1p-31f; }
+static uint64_t sum(const void* from, size_t bytes) {
+  uint64_t hash = 1469598103934665603u;
+  for (size_t i = 0; i < bytes; ++i) hash = (hash ^ static_cast<const uint8_t*>(from)[i]) * 1099511628211u;
+  return hash;
+}
+struct Matrix {
+  std::vector<uint32_t> lines;
+  std::vector<float> scales;
+  std::vector<uint8_t> zeros;
+  L words[11];
+  Matrix(L rows, L columns, L groups, int bits) {
+    std::vector<uint8_t> codes((size_t)(rows * columns));
+    for (auto& code : codes) code = (uint8_t)(drawn() >> (32 - bits));
+    const L count = (columns * bits + 31) / 32, blocks = (rows + 15) / 16, per = (columns / groups + 31) / 32;
+    std::vector<uint32_t> packed((size_t)(rows * count));
+    moezip_pack(0, 1, codes.data(), rows, columns, bits, packed.data(), count);
+    lines.resize((size_t)(blocks * groups * per * bits * 16 + 16));
+    uint32_t* at = lines.data() + (64 - (uintptr_t)lines.data() % 64) % 64 / 4;
+    moezip_relay(0, 1, packed.data(), rows, count, columns, groups, bits, at);
+    scales.resize((size_t)(blocks * groups * 16));
+    zeros.resize(scales.size());
+    for (auto& scale : scales) scale = 0.01f + 0.01f * number() * number();
+    for (auto& zero : zeros) zero = (uint8_t)(drawn() >> (32 - bits));
+    const L all[] = {(L)at, (L)scales.data(), bits == 1 ? 0 : (L)zeros.data(), 0, 0, rows, columns, groups, bits, 2, 0};
+    for (int i = 0; i < 11; ++i) words[i] = all[i];
+  }
+};
+int main() {
+  std::vector<float> x(9 * 96), out(40 * 96);
+  for (auto& each : x) each = number();
+  for (int bits = 1; bits <= 8; ++bits) {
+    for (L groups : {1, 3, 8}) {
+      Matrix m(40, 96, groups, bits);
+      for (L tokens : {1, 2, 9})
+        for (int path : {0, 2}) {
+          if (moezip_linear(0, 1, m.words, path, x.data(), 0, tokens, out.data())) return 1;
+          printf("%d bits, %d groups, %d tokens, path %d: %016llx\n", bits, (int)groups, (int)tokens, path,
+                 (unsigned long long)sum(out.data(), (size_t)(4 * tokens * 40)));
+        }
+      if (moezip_plain(0, 1, m.words, 1, out.data())) return 1;
+      printf("plain: %016llx\n", (unsigned long long)sum(out.data(), 2 * 40 * 96));
+    }
+    Matrix gate(32, 96, 3, bits), up(32, 96, 1, bits), down(96, 32, 1, bits);
+    L table[3][11];
+    for (int i = 0; i < 11; ++i) table[0][i] = gate.words[i], table[1][i] = up.words[i], table[2][i] = down.words[i];
+    L ids[9] = {};
+    float weights[9] = {1, 0.5f, 0.25f, 1, 1, 0.125f, 1, 1, 1};
+    for (int activation = 0; activation < 4; ++activation) {
+      if (moezip_experts(0, 1, table, 1, 1, 0, activation, 1.5f, 0.5f, x.data(), 0, 9, 96, ids, weights, out.data()))
+        return 1;
+      printf("a layer, gate %d: %016llx\n", activation, (unsigned long long)sum(out.data(), 4 * 9 * 96));
+    }
+  }
+}
+"""
+
+
+def compiled(tool: str, work: Path, more: list[str]) -> Path:
+    """The program with the baseline's kernels, linked into one file."""
+    folder = Path(tempfile.mkdtemp(dir=work))
+    (folder / "main.cpp").write_text(PROGRAM)
+    files = [build.SOURCES / "variant.cpp", build.SOURCES / "library.cpp", folder / "main.cpp"]
+    define = ["-DMOEZIP_ISA=baseline", '-DMOEZIP_SOURCE="arm"']
+    subprocess.run(
+        [tool, *build.FLAGS, *define, *more, *map(str, files), "-o", str(folder / "program"), "-pthread", "-ldl"],
+        check=True,
+    )
+    return folder / "program"
+
+
+def main() -> int:
+    if not shutil.which(COMPILER):
+        sys.stdout.write(f"no {COMPILER}: nothing was compiled for Arm\n")
+        return 0
+    with tempfile.TemporaryDirectory(prefix="moezip-arm-") as folder:
+        arm = compiled(COMPILER, Path(folder), ["-static"])
+        emulator = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
+        if not emulator:
+            sys.stdout.write("compiled for 64-bit Arm; no qemu-aarch64 to run it\n")
+            return 0
+        here = compiled(build.compiler(), Path(folder), [])
+        texts = [
+            subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+            for command in ([str(here)], [emulator, str(arm)])
+        ]
+    other = [one for one, two in zip(*texts) if one != two]
+    sys.stdout.write(f"64-bit Arm, emulated: {len(texts[0]) - len(other)} of {len(texts[0])} results have the same bits\n")
+    sys.stdout.write("".join(f"differs: {line}\n" for line in other[:5]))
+    return int(bool(other) or len(texts[0]) != len(texts[1]) or not texts[0])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
