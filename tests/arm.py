@@ -1,8 +1,8 @@
 """Compiles the C++ kernels for 64-bit Arm and, where there is an emulator, compares its bits: `make arm-check`.
 
 Arm has one copy of the kernels, the baseline, of which the compiler makes NEON. Sums and products are fused nowhere in
-it, so that it gives the same bits everywhere. A small program multiplies matrices of all widths; what it prints when run
-by qemu has to be what it prints when built for this machine. Needs aarch64-linux-gnu-g++, and qemu-aarch64 to run.
+it, so that it gives the same bits everywhere. A small program multiplies matrices of all widths; what it prints when
+run by qemu has to be what it prints when built for this machine. Needs aarch64-linux-gnu-g++, and qemu-aarch64 to run.
 """
 
 from __future__ import annotations
@@ -118,10 +118,10 @@ def main() -> int:
             subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
             for command in ([str(here)], [emulator, str(arm)])
         ]
-    other = [one for one, two in zip(*texts) if one != two]
-    sys.stdout.write(f"64-bit Arm, emulated: {len(texts[0]) - len(other)} of {len(texts[0])} results have the same bits\n")
+    other, count = [one for one, two in zip(*texts) if one != two], len(texts[0])
+    sys.stdout.write(f"64-bit Arm, emulated: {count - len(other)} of {count} results have the same bits\n")
     sys.stdout.write("".join(f"differs: {line}\n" for line in other[:5]))
-    return int(bool(other) or len(texts[0]) != len(texts[1]) or not texts[0])
+    return int(bool(other) or not count or count != len(texts[1]))
 
 
 if __name__ == "__main__":
