@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--calib", type=Path, required=True)
     parser.add_argument("--heldout", type=Path, required=True)
-    parser.add_argument("--bits", type=float, nargs="+", default=[4, 3, 2.5, 2])
+    parser.add_argument("--bits", type=float, nargs="+", default=[4.0, 3.0, 2.5, 2.0])
     parser.add_argument("--tokens", type=int, default=16_384, help="calibration tokens")
     parser.add_argument("--heldout-tokens", type=int, default=3_584, help="of each held-out file")
     parser.add_argument("--seq-len", type=int, default=256)
