@@ -45,12 +45,14 @@ class Form:
         words: the moezip command that writes it, with {source}, {out}, {data} and the names of earlier forms.
         what: for the table.
         folder: it is a checkpoint folder; else a file.
+        again: the same without text, from the plan that it left ({plan}); empty where the words read none.
     """
 
     name: str
     words: tuple[str, ...]
     what: str
     folder: bool = True
+    again: tuple[str, ...] = ()
 
 
 def export(name: str, origin: str, to: str, what: str, *more: str) -> Form:
@@ -59,6 +61,7 @@ def export(name: str, origin: str, to: str, what: str, *more: str) -> Form:
 
 
 HALF = ("--ratio", "0.5")
+APPLIED = ("apply", "{source}", "{plan}", "{out}")
 UNEVEN = (
     "prune", "{source}", "{out}", "--method", "nats", "--ratio", "0.25", "--scope", "model", "--data", "{data}",
     "--tokens", "2048",
@@ -66,16 +69,18 @@ UNEVEN = (
 ROUNDED = ("quantize", "{source}", "{out}", "--solver", "rtn")
 PLAIN_SCALES = ("--set", "symmetric=true", "--set", "scale=model")
 FORMS = (
-    Form("pruned", ("prune", "{source}", "{out}", "--method", "router-norm", *HALF), "half of the experts, stock"),
+    Form("pruned", ("prune", "{source}", "{out}", "--method", "router-norm", *HALF), "half of the experts, stock",
+         again=APPLIED),
     Form("merged", ("merge", "{source}", "{out}", "--method", "m-smoe", *HALF, "--data", "{data}", "--tokens", "4096"),
-         "experts merged by twos, stock"),
-    Form("ragged", UNEVEN, "layers with different numbers of experts, moezip's own"),
-    Form("mone", (*UNEVEN, "--for", "vllm"), "the same as MoNE, for vLLM 0.33"),
+         "experts merged by twos, stock", again=APPLIED),
+    Form("ragged", UNEVEN, "layers with different numbers of experts, moezip's own", again=APPLIED),
+    Form("mone", (*UNEVEN, "--for", "vllm"), "the same as MoNE, for vLLM 0.33", again=APPLIED),
     Form("packed-4", (*ROUNDED, "--bits", "4", *PLAIN_SCALES), "4 bits, moezip's own"),
     Form("packed-4-zeros", (*ROUNDED, "--bits", "4"), "4 bits with zeros, moezip's own"),
     Form("packed-8", (*ROUNDED, "--bits", "8", *PLAIN_SCALES), "8 bits, moezip's own"),
     Form("packed-mixed", ("quantize", "{source}", "{out}", "--allocate", "lp", "--granularity", "layer", "--bits", "5",
-                          "--data", "{data}", "--tokens", "4096", *PLAIN_SCALES), "a width per layer, moezip's own"),
+                          "--data", "{data}", "--tokens", "4096", *PLAIN_SCALES), "a width per layer, moezip's own",
+         again=(*ROUNDED, "--plan", "{plan}", *PLAIN_SCALES)),
     export("ct-4", "packed-4", "compressed-tensors", "compressed-tensors, 4 bits"),
     export("ct-4-zeros", "packed-4-zeros", "compressed-tensors", "compressed-tensors, 4 bits with zeros"),
     export("ct-8", "packed-8", "compressed-tensors", "compressed-tensors, 8 bits"),
@@ -151,12 +156,10 @@ def built(form: Form, made: dict[str, Path], work: Path, data: Path) -> Path:
 
 def asked_for(form: Form, reader: str, made: dict[str, Path], work: Path, data: Path) -> str:
     """What moezip does with the same command and ``--for READER``."""
-    if "--for" in form.words and reader != form.words[form.words.index("--for") + 1]:
-        form = Form(form.name, UNEVEN, form.what)
     out = work / "asked" / (form.name if form.folder else f"{form.name}.gguf")
-    words = [word.format(out=out, data=data, **made) for word in form.words]
-    if "--for" not in words:
-        words += ["--for", reader]
+    plan = made[form.name] / "moezip/plan.json"
+    words = [word.format(out=out, data=data, plan=plan, **made) for word in form.again or form.words]
+    words += ["--for", reader]
     code, report, told = moezip([*words, "--overwrite"])
     if code:
         line = next((line for line in told.splitlines() if line.startswith("error")), told)
@@ -325,6 +328,7 @@ def main() -> None:
     parser.add_argument("checkpoint", nargs="?", default="demo")
     parser.add_argument("--work", type=Path, required=True, help="forms and environments (up to 8 GB), kept")
     parser.add_argument("--only", nargs="*", metavar="READER", help="these readers only; their names are the columns")
+    parser.add_argument("--forms", nargs="*", metavar="FORM", help="these forms only; their names are the rows")
     parser.add_argument("--data", type=Path, default=DEMO_DATA / "calib/python.jsonl")
     parser.add_argument("--heldout", type=Path, default=DEMO_DATA / "heldout/factbook.jsonl")
     parser.add_argument("--vllm-oracle", help="a script that prints vLLM's loss; its requirements lie beside it")
@@ -356,16 +360,15 @@ def main() -> None:
             results[reader.name] = {"version": "not installed", "asked": reader.asked, "forms": {}}
             continue
         say(f"{reader.name} {reader.version}")
-        some = {
-            f.name: made[f.name]
-            for f in FORMS
-            if (f.folder or reader.files) and (f.folder != (reader.asked == "llamacpp"))
-        }
-        if reader.asked != "llamacpp":
-            some = {"source": source, **some}
-        results[reader.name] = {
-            "version": reader.version, "asked": reader.asked, "forms": reader.read(place, some, work / "rows.npy"),
-        }  # fmt: skip
+        gguf = reader.asked == "llamacpp"
+        some = {f.name: made[f.name] for f in FORMS if not f.folder or not gguf}
+        if not reader.files:
+            some = {name: path for name, path in some.items() if path.is_dir()}
+        some = some if gguf else {"source": source, **some}
+        some = {name: path for name, path in some.items() if not words.forms or name in words.forms}
+        before = results.get(reader.name, {}).get("forms", {})
+        found = {**before, **reader.read(place, some, work / "rows.npy")}
+        results[reader.name] = {"version": reader.version, "asked": reader.asked, "forms": found}
         saved.write_text(json.dumps(results, indent=2))
     asked = {
         (form.name, name): asked_for(form, name, made, work, words.data)

@@ -186,7 +186,7 @@ def one_wider(items: list[Item]) -> dict[str, Grid]:
         ("qwen3_moe", four(symmetric=False), everything, "gptq", "vllm", "without zeros", "safetensors"),
         ("qwen3_moe", four(bits=3), everything, "compressed-tensors", "sglang", "4 and 8 bits", "safetensors"),
         ("qwen3_moe", four(), everything, "compressed-tensors", "transformers", "scales stored as", "safetensors"),
-        ("qwen3_moe", four(), everything, "compressed-tensors", "llamacpp", "plain numbers", "safetensors"),
+        ("qwen3_moe", four(), everything, "compressed-tensors", "llamacpp", "reads GGUF", "safetensors"),
     ],
 )
 def test_what_cannot_be_said_is_refused_with_another_way(
