@@ -68,6 +68,11 @@ UNEVEN = (
 )  # fmt: skip
 ROUNDED = ("quantize", "{source}", "{out}", "--solver", "rtn")
 PLAIN_SCALES = ("--set", "symmetric=true", "--set", "scale=model")
+MIXED = (
+    "quantize", "{source}", "{out}", "--allocate", "lp", "--granularity", "layer", "--bits", "5", "--data", "{data}",
+    "--tokens", "4096", *PLAIN_SCALES,
+)  # fmt: skip
+REPLAN = (*ROUNDED, "--plan", "{plan}", *PLAIN_SCALES)
 FORMS = (
     Form("pruned", ("prune", "{source}", "{out}", "--method", "router-norm", *HALF), "half of the experts, stock",
          again=APPLIED),
@@ -78,13 +83,11 @@ FORMS = (
     Form("packed-4", (*ROUNDED, "--bits", "4", *PLAIN_SCALES), "4 bits, moezip's own"),
     Form("packed-4-zeros", (*ROUNDED, "--bits", "4"), "4 bits with zeros, moezip's own"),
     Form("packed-8", (*ROUNDED, "--bits", "8", *PLAIN_SCALES), "8 bits, moezip's own"),
-    Form("packed-mixed", ("quantize", "{source}", "{out}", "--allocate", "lp", "--granularity", "layer", "--bits", "5",
-                          "--data", "{data}", "--tokens", "4096", *PLAIN_SCALES), "a width per layer, moezip's own",
-         again=(*ROUNDED, "--plan", "{plan}", *PLAIN_SCALES)),
+    Form("packed-mixed", MIXED, "a width per layer, experts left out, moezip's own", again=REPLAN),
     export("ct-4", "packed-4", "compressed-tensors", "compressed-tensors, 4 bits"),
     export("ct-4-zeros", "packed-4-zeros", "compressed-tensors", "compressed-tensors, 4 bits with zeros"),
     export("ct-8", "packed-8", "compressed-tensors", "compressed-tensors, 8 bits"),
-    export("ct-mixed", "packed-mixed", "compressed-tensors", "compressed-tensors, a width per layer"),
+    Form("ct-mixed", (*MIXED, "--for", "vllm"), "compressed-tensors, a width per layer", again=REPLAN),
     export("gptq-4", "packed-4", "gptq", "GPTQ, 4 bits"),
     export("gptq-8", "packed-8", "gptq", "GPTQ, 8 bits"),
     export("plain", "packed-4", "safetensors", "4 bits decoded, stock"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import secrets
@@ -264,7 +265,13 @@ def _describe(ready: Ready, writer: Any, facts: Mapping[str, str]) -> None:
 
     folder = ready.source.folder
     writer.add_type(gguf.GGUFType.MODEL)
-    about = gguf.Metadata.load(None, folder, None, 0)
+    talk = logging.getLogger("metadata")  # its word on model cards without a front matter is of no use here
+    level = talk.level
+    talk.setLevel(logging.CRITICAL)
+    try:
+        about = gguf.Metadata.load(None, folder, None, 0)
+    finally:
+        talk.setLevel(level)
     about.name = about.name or folder.name
     about.set_gguf_meta_model(writer)
     for key, value in facts.items():
