@@ -10,13 +10,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moezip.report import drawing
-from moezip.report.drawing import ACCENT, BLUE, INK, LEVELS, LINE, MUTED, PAPER, SEQUENCE, drawn, fill, rectangles
+from moezip.report.drawing import ACCENT, BLUE, LEVELS, LINE, MUTED, PAPER, SEQUENCE, drawn, fill, rectangles
 from moezip.report.experts import Cell, ExpertMap
 from moezip.report.measured import Measured
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+# A scale is logarithmic above LINEAR nats where the largest rise is CROWDED times the middle one.
+LINEAR, CROWDED = 0.01, 6
+# Where a number may stand beside its point, in pixels, the best first; and how far from others it should be.
+_BESIDE = ((8, 8), (-8, 8), (8, -8), (-8, -8), (11, 0), (-11, 0), (0, 11), (0, -11), (20, 0), (-20, 0))
+APART = 10.5
 WIDE = 48  # experts in a row from which on cells are small and the map has a scroll bar on a phone
 
 
@@ -226,13 +231,13 @@ def pareto(points: Sequence[Point]) -> Chart | None:
     def draw(axes: Axes) -> None:
         corner = [places[each] for each in best]
         axes.step([x for x, _ in corner], [y for _, y in corner], where="post", color=BLUE, linewidth=1.6, zorder=1)
-        for place, (point, (x, y)) in enumerate(zip(shown, places)):
+        for place, (x, y) in enumerate(places):
             good = place in best
-            axes.scatter([x], [y], 190, facecolor=BLUE if good else PAPER, edgecolor=BLUE if good else MUTED,
-                         linewidth=1.4, zorder=2 + good)  # fmt: skip
-            axes.annotate(str(point.number), (x, y), ha="center", va="center_baseline", fontsize=10, zorder=4,
-                          color=PAPER if good else INK)  # fmt: skip
+            axes.scatter([x], [y], 46, facecolor=BLUE if good else PAPER, edgecolor=BLUE if good else MUTED,
+                         linewidth=1.5, zorder=2 + good)  # fmt: skip
         axes.margins(0.1)
+        _spread(axes, [y for _, y in places], "y")
+        _numbered(axes, [(point.number, *place) for point, place in zip(shown, places)])
         axes.grid()
         axes.tick_params(length=0)
         axes.set(xlabel="size of the tensors, MiB", ylabel=f"{kind} rise, nats per token")
@@ -251,16 +256,54 @@ def predictions(points: Sequence[Point]) -> Chart | None:
         values = [v for p in both for v in (p.predicted, p.measured) if v is not None]
         ends = (min(0.0, *values), max(values))
         axes.plot(ends, ends, color=LINE, linewidth=1.6, zorder=1)
-        for p in both:
-            axes.scatter([p.predicted], [p.measured], 190, facecolor=PAPER, edgecolor=ACCENT, linewidth=1.4, zorder=2)
-            axes.annotate(str(p.number), (p.predicted, p.measured), ha="center", va="center_baseline", fontsize=10,
-                          zorder=3)  # fmt: skip
+        axes.scatter([p.predicted for p in both], [p.measured for p in both], 46, facecolor=PAPER, edgecolor=ACCENT,
+                     linewidth=1.5, zorder=2)  # fmt: skip
         axes.margins(0.1)
+        for axis in "xy":
+            _spread(axes, values, axis)
+        _numbered(axes, [(p.number, p.predicted or 0.0, p.measured or 0.0) for p in both])
         axes.grid()
         axes.tick_params(length=0)
         axes.set(xlabel="predicted rise, nats per token", ylabel="measured rise")
 
     return Chart(drawn("predictions", "Predicted against measured rises of the loss", words, (380, 300), draw))
+
+
+def _spread(axes: Axes, values: Sequence[float], axis: str) -> None:
+    """A logarithmic scale, linear around 0, where most of the values would lie on each other at the bottom."""
+    from matplotlib.ticker import FuncFormatter, SymmetricalLogLocator
+
+    top, half = max(values), sorted(values)[len(values) // 2]
+    if top <= CROWDED * max(half, LINEAR):
+        return
+    low = min(0.0, *values)
+    getattr(axes, f"set_{axis}scale")("symlog", linthresh=LINEAR, linscale=0.5)
+    getattr(axes, f"set_{axis}lim")(low - 0.3 * LINEAR, top * 1.6)
+    ticks = getattr(axes, f"{axis}axis")
+    ticks.set_major_locator(SymmetricalLogLocator(base=10, linthresh=LINEAR))
+    ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ticks.set_minor_locator(SymmetricalLogLocator(base=10, linthresh=LINEAR, subs=[2, 5]))
+    ticks.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if abs(value) >= LINEAR else ""))
+    axes.tick_params(axis=axis, which="minor", length=0, labelsize=9)  # type: ignore[arg-type]
+
+
+def _numbered(axes: Axes, points: Sequence[tuple[int, float, float]]) -> None:
+    """Numbers beside their points, each where it hides no other number and no other point, as far as there is room."""
+    taken = [tuple(map(float, axes.transData.transform((x, y)))) for _, x, y in points]
+    for place, (number, x, y) in enumerate(points):
+        own = taken[place]
+        others = [each for other, each in enumerate(taken) if other != place]
+
+        def room(
+            shift: tuple[int, int], own: Sequence[float] = own, others: Sequence[Sequence[float]] = others
+        ) -> float:
+            """From the number to what is nearest."""
+            here = (own[0] + shift[0], own[1] + shift[1])
+            return min((math.dist(here, other) for other in others), default=math.inf)
+
+        best = next((shift for shift in _BESIDE if room(shift) >= APART), max(_BESIDE, key=room))
+        axes.annotate(str(number), (x, y), best, textcoords="offset points", ha="center", va="center", fontsize=10)
+        taken.append((own[0] + best[0], own[1] + best[1]))
 
 
 def seconds(stages: Mapping[str, float]) -> Chart | None:

@@ -168,7 +168,9 @@ def nats(count: float | None, signed: bool = False) -> str:
     """Three digits after the point, or four where the number is below a hundredth; an dash for nothing."""
     if count is None:
         return "–"
-    digits = 3 if abs(count) >= 0.01 else 4
+    count, digits = round(count, 4) + 0.0, 3 if abs(count) >= 0.01 else 4
+    if count == 0:
+        return "0.0000"
     return (f"{count:+.{digits}f}" if signed else f"{count:.{digits}f}").replace("-", "−")
 
 
