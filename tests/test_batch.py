@@ -395,6 +395,29 @@ def test_several_exports_and_a_job_on_another_job_cost_one_calibration_each(
     assert not any(states(run(recipe, "--json")).values())
 
 
+def test_a_job_may_have_a_model_of_its_own(
+    run: Callable[..., Any], recipe: Recipe, tiny: Tiny, passes: list[list[str]], tmp_path: Path
+) -> None:
+    other = tiny("mixtral")
+    recipe["jobs"]["other"] = {
+        "model": str(other),
+        "steps": [{"prune": {"method": "reap", "keep": 3, "calibration": "one"}},
+                  {"evaluate": {"data": "held.jsonl", "against": "source", "tokens": TOKENS}}],
+    }  # fmt: skip
+    answer = run(recipe, "--json")
+    assert not any(states(answer).values()) and passes == [["one", "two"], ["one"]]
+    job = answer.json["jobs"][-1]
+    assert job["report"]["source"] == str(other) and job["evaluations"][0]["against"]["kl"] > 0
+    assert json.loads((tmp_path / "out/other/config.json").read_text())["model_type"] == "mixtral"
+    assert all(states(run(recipe, "--json")).values())
+
+
+def test_an_export_without_codes_is_told_before(run: Callable[..., Any], recipe: Recipe, tmp_path: Path) -> None:
+    recipe["jobs"] = {"chance": {"steps": [recipe["jobs"]["chance"]["steps"][0], {"export": {"to": "gptq"}}]}}
+    answer = run(recipe)
+    assert answer.code == 1 and "this job has none" in answer.err and not (tmp_path / "out").exists()
+
+
 def test_other_evaluations_leave_the_checkpoint_alone(run: Callable[..., Any], recipe: Recipe, tmp_path: Path) -> None:
     assert run(recipe).code == 0
     plan = tmp_path / "out/narrow/moezip/plan.json"

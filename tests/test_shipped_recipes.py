@@ -11,15 +11,15 @@ import yaml
 
 from moezip import demo
 from moezip.recipe import load
-from tests.command import Cli
+from tests.command import ROOT, Cli
 
 SHIPPED = {name: file for name, file in demo.recipes().items() if name != "demo"}
 TOKENS = 192
 
 
-def few_tokens(file: Path) -> list[str]:
+def few_tokens(text: str) -> list[str]:
     """``--set`` words that make a recipe small."""
-    raw: dict[str, Any] = yaml.safe_load(file.read_text())
+    raw: dict[str, Any] = yaml.safe_load(text)
     words = ["model=demo", "seq_len=64", *(f"calibration.{name}.tokens={TOKENS}" for name in raw["calibration"])]
     for name, job in raw["jobs"].items():
         words += [
@@ -33,7 +33,7 @@ def few_tokens(file: Path) -> list[str]:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_recipe_runs_on_the_packaged_model(name: str, cli: Cli, tmp_path: Path) -> None:
-    answer = cli("run", name, *few_tokens(SHIPPED[name]), "--set", f"output={tmp_path / 'out'}", "--json")
+    answer = cli("run", name, *few_tokens(SHIPPED[name].read_text()), "--set", f"output={tmp_path / 'out'}", "--json")
     assert answer.code == 0, answer.err
     for job in answer.json["jobs"]:
         assert job["report"]["bytes_after"] < job["report"]["bytes_before"] and job["evaluations"][0]["against"]
@@ -42,6 +42,19 @@ def test_every_recipe_runs_on_the_packaged_model(name: str, cli: Cli, tmp_path: 
         sizes = {job["name"]: job["report"]["bytes_after"] for job in answer.json["jobs"]}
         budget = 0.33 * answer.json["jobs"][0]["report"]["bytes_before"]
         assert all(0.98 * budget < sizes[way] <= budget for way in ("bits-alone", "pruned-then-bits"))
+
+
+def test_the_recipe_of_the_readme_runs(cli: Cli, tmp_path: Path) -> None:
+    text = re.search(r"```yaml\n(version: 1\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert text is not None
+    (tmp_path / "recipe.yaml").write_text(text[1])
+    words = [*few_tokens(text[1]), "--set", f"output={tmp_path / 'out'}", "--json"]
+    answer = cli("run", tmp_path / "recipe.yaml", *words)
+    assert answer.code == 0, answer.err
+    names = ["cut-ratio0.25-reap", "cut-ratio0.25-easy-ep", "cut-ratio0.5-reap", "cut-ratio0.5-easy-ep", "packed"]
+    assert [job["name"] for job in answer.json["jobs"]] == names
+    made = {entry.name for entry in (tmp_path / "out").iterdir() if entry.is_dir()}
+    assert made == {*names, "packed.compressed-tensors", "packed.gptq", "statistics"}
 
 
 @pytest.mark.parametrize("name", SHIPPED)

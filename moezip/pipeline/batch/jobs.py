@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from moezip import __version__
 from moezip.calibrate.data import DomainText
 from moezip.errors import RecipeError
+from moezip.export.formats import COMPRESSED, GPTQ
 from moezip.export.stock import tensor_bytes
 from moezip.pipeline.batch.calibration import COMPRESS, Observed, after_merging, texts_of
 from moezip.pipeline.batch.state import State, digest_of, saved, write
@@ -202,6 +203,13 @@ class Batch:
                 check_prune(observed.model, again, merged, merge.scope, common)
         for quantize in (step.quantize for step in job.steps if step.quantize is not None):
             prepare_quantize(checkpoint, self.quantize_job(name, quantize, None), common)
+        packed = "quantization_config" in observed.model.source.config or any(step.quantize for step in job.steps)
+        for export in (step.export for step in job.steps if step.export is not None):
+            if export.to in (COMPRESSED, GPTQ) and not packed:
+                raise RecipeError(
+                    f"an export to {export.to} takes codes as they are, and this job has none", where=f"jobs.{name}",
+                    next="quantize before it",
+                )  # fmt: skip
 
     def writer(self, name: str) -> Step | None:
         """The step whose plan or codes are written: the last one that compresses, None without any."""
