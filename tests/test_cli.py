@@ -98,7 +98,7 @@ def test_a_wrong_command_line_ends_with_2_and_says_why(cli: Cli, words: tuple[st
     [("1024", 1024), ("8GiB", 8 * 2**30), ("8g", 8 * 2**30), ("500MB", 500_000_000), ("1.5 KiB", 1536)],
 )
 def test_sizes(size: str, count: int) -> None:
-    from moezip.cli.options import size_of
+    from moezip.sizes import size_of
 
     assert size_of(size) == count
 

@@ -32,7 +32,7 @@ ORDER = (
     ("formats",),
     ("kernels",),
     ("checkpoint",),
-    ("registry", "progress"),
+    ("registry", "progress", "sizes"),
     ("errors",),
 )
 RANK = {room: rank for rank, line in enumerate(ORDER) for room in line}

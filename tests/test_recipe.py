@@ -281,6 +281,17 @@ def test_keys_and_values_of_a_sweep(write, sweep, names, key, values):
     assert found == values
 
 
+def test_sizes_are_written_as_for_the_command(write):
+    job = "  packed: {sweep: {size: [40%, 6GiB, 0.4, 1000]}, steps: [{quantize: {allocate: lp}}]}\n"
+    recipe = load(write(SMALL.replace("jobs:\n", "jobs:\n" + job)))
+    sizes = [recipe.jobs[name].steps[0].action.size for name in recipe.sweeps["packed"]]
+    assert sizes == [0.4, 6 * 2**30, 0.4, 1000]
+    assert recipe.sweeps["packed"] == ("packed-40", "packed-6GiB", "packed-size0.4", "packed-size1000")
+    assert "'6Gib8' is no size" in str(
+        refusal(write(SMALL.replace("jobs:\n", "jobs:\n" + job.replace("6GiB", "6Gib8"))))
+    )
+
+
 def test_what_a_sweep_dumps_reads_back_equal(write, tmp_path):
     recipe = load(write(SWEEP))
     (tmp_path / "resolved.yaml").write_text(dump(recipe))

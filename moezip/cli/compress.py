@@ -27,9 +27,9 @@ from moezip.cli.options import (
     Workdir,
     common_of,
     settings_of,
-    share_or_size,
 )
 from moezip.console import results
+from moezip.sizes import share_or_size
 
 
 def prune(

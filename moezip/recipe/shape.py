@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from moezip.errors import RecipeError
+from moezip.errors import RecipeError, UsageError
+from moezip.sizes import share_or_size
 
 
 def _listed(value: object) -> object:
@@ -21,6 +22,16 @@ def _scalar(value: object) -> object:
     if not isinstance(value, bool | int | float | str):
         raise ValueError("it should be a number, a text, true or false")
     return value
+
+
+def _sized(value: object) -> object:
+    """``6GiB`` in bytes, ``40%`` as a share; numbers as they are."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(share_or_size(value) or 0)
+    except UsageError as error:
+        raise ValueError(f"{error.what}: {error.next}") from error
 
 
 # Strict everywhere else; a Path is only ever written as text.
@@ -109,13 +120,14 @@ class Merge(_Record):
 class Quantize(_Record):
     """Store weights in ``bits`` bits, or in ``size``; after a prune or merge in the same job, those of what it leaves.
 
-    ``size``: a share of the source's bytes (with ``model: job:NAME`` of those of the model behind it), or bytes.
+    ``size``: a share of the source's bytes (with ``model: job:NAME`` of those of the model behind it, 0.4
+    or 40%), or bytes (6GiB).
     ``allocate`` and ``granularity``: who gets how many bits. ``for``: who must read the output. ``calibration``: names
     whose text the solver sees; all of them if left out. ``settings``: as ``--set`` takes them.
     """
 
     bits: float | None = Field(None, ge=1, le=16)
-    size: float | None = Field(None, gt=0)
+    size: Annotated[float | None, BeforeValidator(_sized), Field(gt=0)] = None
     solver: str = "gptq"
     allocate: Literal["uniform", "lp", "pmq", "outlier", "block"] = "uniform"
     granularity: Literal["role", "expert", "layer", "model"] = "role"
