@@ -81,8 +81,8 @@ def show_forecast(seen: Forecast, as_json: bool) -> None:
             (
                 each.model,
                 ", ".join(f"{name} ({tokens:,} tokens)" for name, tokens in each.sets.items()) or "-",
-                ", ".join(each.saved) or "-",
-                ", ".join(each.jobs),
+                _few(each.saved, "sets"),
+                _few(each.jobs, "jobs"),
                 "-" if each.seconds is None else console.duration(each.seconds),
             )
             for each in seen.passes
@@ -94,8 +94,8 @@ def show_forecast(seen: Forecast, as_json: bool) -> None:
             job.name,
             job.state,
             " > ".join(job.steps),
-            ", ".join(job.needs) or "-",
-            ", ".join(job.reads) or "-",
+            _few(job.needs, "jobs"),
+            _few(job.reads, "sets"),
             "-" if job.bytes_after is None else console.size(job.bytes_after),
             "-" if job.experts is None else job.experts,
             "-" if job.seconds is None else console.duration(job.seconds),
@@ -112,6 +112,11 @@ def show_forecast(seen: Forecast, as_json: bool) -> None:
         f"in all about {console.duration(seen.seconds)}, {console.size(seen.memory_bytes)} of memory and "
         f"{console.size(seen.disk_bytes)} of disk in {seen.output} ({seen.assumes})"
     )
+
+
+def _few(names: Sequence[str], what: str) -> str:
+    """The names, or how many there are."""
+    return f"{len(names)} {what}" if len(names) > 4 else ", ".join(names) or "-"
 
 
 def _number(value: float | None, form: str) -> str:

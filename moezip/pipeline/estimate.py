@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -140,8 +141,10 @@ def _first_of_groups(fact: LayerFacts, keep: int) -> list[int]:
     return [group * size + place for group in range(fact.groups) for place in range(each)]
 
 
+@cache
 def matmul_rate() -> float:
-    """Floating-point operations per second of a bf16 matrix product here, best of three."""
+    """Floating-point operations per second of a bf16 matrix product here, best of three; measured once per process, so
+    that estimates of several jobs compare."""
     import torch
 
     a = torch.zeros(512, 1024, dtype=torch.bfloat16)
