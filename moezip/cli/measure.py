@@ -18,6 +18,7 @@ from moezip.cli.options import (
     Overwrite,
     Quiet,
     Resume,
+    Seed,
     SeqLen,
     Tokens,
     Workdir,
@@ -80,6 +81,17 @@ def evaluate(
         int | None, typer.Option("--tokens", min=2, help="At most this many per file. Default all.")
     ] = None,
     seq_len: SeqLen = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option("--lm-eval", metavar="TASK[,TASK...]", help="Tasks for lm-eval: names, .yaml files or folders."),
+    ] = None,
+    generate: Annotated[
+        int, typer.Option("--generate", metavar="N", min=0, help="Continue N documents of --data: repetition, loops.")
+    ] = 0,
+    speed: Annotated[
+        bool, typer.Option("--speed", help="Tokens per second and memory, beside those of --against.")
+    ] = False,
+    seed: Seed = 0,
     save: Annotated[
         bool, typer.Option("--save", help="Keep the result in CKPT/moezip/evaluation.json, for reports and the card.")
     ] = False,
@@ -90,15 +102,19 @@ def evaluate(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Measures a checkpoint, streamed: loss on text, divergence from a reference, task accuracy."""
+    """Measures a checkpoint: loss on text, divergence from a reference and task accuracy, all streamed; and, where the
+    model fits into memory, what it writes and how fast it is."""
     from moezip.console.evaluation import show_evaluation
     from moezip.pipeline import evaluate_command
 
     with console.watching(quiet) as watch:
-        common = common_of(watch, device=device, max_memory=max_memory, workdir=workdir, seq_len=seq_len)
+        common = common_of(
+            watch, device=device, max_memory=max_memory, workdir=workdir, seq_len=seq_len, seed=seed
+        )  # fmt: skip
         result = evaluate_command(
-            checkpoint, common, against=against, data=data or (), tasks=tasks or (), tokens=tokens, save=save
-        )
+            checkpoint, common, against=against, data=data or (), tasks=tasks or (), tokens=tokens,
+            lm_eval=[name for name in (lm_eval or "").split(",") if name], generate=generate, speed=speed, save=save,
+        )  # fmt: skip
     if as_json:
         console.data(result.to_json())
         return

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +12,12 @@ from moezip.calibrate.data import default_seq_len, tokenizer_of
 from moezip.calibrate.hidden import HiddenStates
 from moezip.calibrate.stream import Stream
 from moezip.checkpoint.source import Source
-from moezip.errors import DataError, MoezipError, UsageError
+from moezip.errors import DataError, UsageError
 from moezip.evaluate.confidence import Paired
 from moezip.evaluate.forward import Group, Progress, close, forward, group
 from moezip.evaluate.result import Evaluation, Skipped
 from moezip.evaluate.routing import Agreement, Routing, Watch, maps
+from moezip.evaluate.spill import inside, spill
 from moezip.evaluate.tasks import Tasks, load, outcomes
 from moezip.evaluate.text import Text, measure
 from moezip.runtime.skipping import attach
@@ -89,35 +88,35 @@ def evaluate(
         need += Agreement.bytes(_facts(reference), text_groups)
     heads = sum(each.skeleton.bytes(each.skeleton.head_targets()) for each in (model, reference) if each is not None)
     keep = bool(questions.matches) and model.model_bytes + heads + need <= model.hidden_budget()
-    with _spill(model, reference, need, heads, workdir) as folder:
+    with spill([model] if reference is None else [model, reference], need, heads, workdir) as folder:
         reference_states: list[HiddenStates] = []
         agreement: Agreement | None = None
         watches: list[Watch] = []
         if reference is not None:
             if isinstance(routing, dict):
-                agreement = Agreement(routing, _facts(reference), text_groups, text.items, _inside(folder, "choices"))
+                agreement = Agreement(routing, _facts(reference), text_groups, text.items, inside(folder, "choices"))
                 watches = [agreement.of_reference(reference, number) for number in range(len(text_groups))]
             states = forward(
-                reference, groups, folder=_inside(folder, "reference"), watches=watches, progress=progress,
+                reference, groups, folder=inside(folder, "reference"), watches=watches, progress=progress,
                 stage="reference",
             )  # fmt: skip
             reference_states = states[: len(text_groups)]
             if asked:
                 reference.load_head()
                 last = states[len(text_groups) :]
-                _answer(reference, theirs, task_groups, last, _inside(folder, "answers"), progress)
+                _answer(reference, theirs, task_groups, last, inside(folder, "answers"), progress)
                 reference.free_head()
         if agreement is not None:
             watches = [agreement.of_model(model, number) for number in range(len(text_groups))]
         states = forward(
-            model, groups, folder=_inside(folder, "model"), keep=keep, watches=watches, progress=progress,
+            model, groups, folder=inside(folder, "model"), keep=keep, watches=watches, progress=progress,
             stage="model",
         )  # fmt: skip
         model.load_head()
         compared = reference if data else None
         measured = measure(text, text_groups, model, states[: len(text_groups)], compared, reference_states)
         close([*reference_states, *states[: len(text_groups)]])
-        _answer(model, questions, task_groups, states[len(text_groups) :], _inside(folder, "model"), progress, keep)
+        _answer(model, questions, task_groups, states[len(text_groups) :], inside(folder, "model"), progress, keep)
     for each in (model, reference):
         if each is not None:  # the stream's closures form cycles, so its weights would outlive it for a while
             each.skeleton.free([*each.skeleton.outer_targets(), *_layer_targets(each)])
@@ -211,28 +210,3 @@ def _require_same_tokenizer(source: Source, against: Source, tokenizer: Any) -> 
             "the reference has another tokenizer, so its tokens mean something else", where=against.folder,
             next="compare models of one tokenizer",
         )  # fmt: skip
-
-
-@contextmanager
-def _spill(
-    model: Stream, reference: Stream | None, need: int, heads: int, workdir: Path | None
-) -> Iterator[Path | None]:
-    """A folder for hidden states if they do not fit into memory, removed whatever happens; None if they fit."""
-    streams = [each for each in (model, reference) if each is not None]
-    # beside the hidden states there is at any time either one layer or the heads
-    room = min(each.hidden_budget() - max(heads - each.layer_bytes, 0) for each in streams)
-    if need <= room:
-        yield None
-        return
-    if workdir is None:
-        raise MoezipError(
-            f"the hidden states take {need / 2**30:.2f} GiB, {max(room, 0) / 2**30:.2f} GiB are allowed",
-            next="name a --workdir for them, allow more --max-memory, or use fewer --tokens",
-        )
-    workdir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="evaluate-", dir=workdir) as folder:
-        yield Path(folder)
-
-
-def _inside(folder: Path | None, name: str) -> Path | None:
-    return None if folder is None else folder / name

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 from moezip.evaluate.confidence import Interval, Paired, Rise, share_interval
 
 if TYPE_CHECKING:
+    from moezip.evaluate.generation import Generation
+    from moezip.evaluate.harness import Harness
     from moezip.evaluate.routing import Routing
+    from moezip.evaluate.speed import Speed
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +154,7 @@ class Evaluation:
         seq_len: tokens per window.
         skipped: what a rule of the checkpoint's config skipped; None where it has none.
         routing: how far it chooses the experts that the reference chose; None without a reference or without text.
+        generation, lm_eval, speed: what it writes, what lm-eval finds, how fast it is; None where not asked for.
     """
 
     loss: Loss | None
@@ -161,6 +165,9 @@ class Evaluation:
     tasks: Mapping[str, Score] = field(default_factory=dict)
     skipped: Skipped | None = None
     routing: Routing | None = None
+    generation: Generation | None = None
+    lm_eval: Harness | None = None
+    speed: Speed | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The JSON of ``moezip evaluate --json``; ``against`` and the loss are null where not measured."""
@@ -177,6 +184,9 @@ class Evaluation:
             "against": against,
             "tasks": {name: found.to_json() for name, found in self.tasks.items()},
             "skipped": None if self.skipped is None else self.skipped.to_json(),
+            "generation": None if self.generation is None else self.generation.to_json(),
+            "lm_eval": None if self.lm_eval is None else self.lm_eval.to_json(),
+            "speed": None if self.speed is None else self.speed.to_json(),
         }
 
     def rows(self) -> list[Row]:

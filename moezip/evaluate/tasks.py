@@ -210,7 +210,7 @@ class Tasks:
                     prompts.append(before)
                     drafts.append(after)
         self.limits = [len(draft) + MARGIN for draft in drafts]
-        self.ends = _ends(tokenizer, config)
+        self.ends = ends_of(tokenizer, config)
         self.greedy = Greedy(prompts, drafts, self._done)
         self.fixed_outcomes: list[Outcome] = []
 
@@ -256,7 +256,7 @@ def best_choice(logprobs: Sequence[Sequence[float]]) -> int:
     return means.index(max(means))
 
 
-def _ends(tokenizer: Any, config: dict[str, Any]) -> set[int]:
+def ends_of(tokenizer: Any, config: dict[str, Any]) -> set[int]:
     """The tokens that end a text: the tokenizer's, and the config's one or several."""
     named = config.get("eos_token_id")
     return {
