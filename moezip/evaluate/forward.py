@@ -29,11 +29,13 @@ class Item:
         ids: the tokens.
         first: index, at least 1, of the first token whose prediction counts.
         beyond: 1 to ask for the prediction after the last token too, else 0.
+        last: the token that stands there, -1 where none does; it is predicted and not read.
     """
 
     ids: Sequence[int]
     first: int
     beyond: int = 0
+    last: int = -1
 
     @property
     def count(self) -> int:
@@ -42,7 +44,7 @@ class Item:
 
     def targets(self) -> list[int]:
         """The token that stands where each prediction goes; -1 where none does."""
-        return [*self.ids[self.first :], *([-1] * self.beyond)]
+        return [*self.ids[self.first :], *([self.last] * self.beyond)]
 
 
 @dataclass(frozen=True, slots=True)

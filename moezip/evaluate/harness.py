@@ -86,11 +86,11 @@ def run_harness(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    names, folders = _specs(tasks)
+    folders = [task for task in tasks if Path(task).is_dir()]
     # lm-eval writes here and there to stdout, which is for data
     with contextlib.redirect_stdout(sys.stderr):
-        known = TaskManager(include_path=folders or None, include_defaults=any(n.kind == "name" for n in names))
-        specs = [spec for name in names for spec in name.resolve(known)]
+        known = TaskManager(include_path=folders or None, include_defaults=any(map(_is_name, tasks)))
+        specs = [spec for task in tasks for spec in resolved(task, known)]
         if mode is None:
             mode = "memory" if needed_bytes(source) <= allowed_bytes(max_memory) else "streamed"
         tokenizer = tokenizer_of(source.folder)
@@ -126,48 +126,38 @@ def run_harness(
     return Harness(version, mode, results)
 
 
-@dataclass(frozen=True, slots=True)
-class _Spec:
-    """One thing that was asked for: a name, a file or a folder."""
-
-    text: str
-    kind: Literal["name", "file", "folder"]
-
-    def resolve(self, known: Any) -> list[Any]:
-        """What lm-eval is to load. Raises UsageError for an unknown name, or a folder that holds none."""
-        if self.kind == "file":
-            return [self.text]
-        if self.kind == "name":
-            if self.text not in known.all_tasks:
-                raise _unknown(self.text, known.all_tasks)
-            return [self.text]
-        inside = Path(self.text).resolve()
-        found = [
-            name for name in known.all_tasks
-            if (path := known.task_index[name].yaml_path) is not None and Path(path).resolve().is_relative_to(inside)
-        ]  # fmt: skip
-        if not found:
-            raise UsageError(
-                "the folder holds no task", where=f"--lm-eval {self.text}", next="name one with task .yaml files"
-            )
-        return found
+def _is_name(task: str) -> bool:
+    return not Path(task).is_dir() and Path(task).suffix not in SUFFIXES
 
 
-def _specs(tasks: Sequence[str]) -> tuple[list[_Spec], list[str]]:
-    """Each of the tasks, and the folders that lm-eval has to look into."""
-    specs, folders = [], []
-    for text in tasks:
-        path = Path(text)
-        if path.is_dir():
-            specs.append(_Spec(text, "folder"))
-            folders.append(text)
-        elif path.suffix in SUFFIXES:
-            if not path.is_file():
-                raise UsageError("there is no such task file", where=f"--lm-eval {text}", next="check the path")
-            specs.append(_Spec(text, "file"))
-        else:
-            specs.append(_Spec(text, "name"))
-    return specs, folders
+def resolved(task: str, known: Any) -> list[str]:
+    """What lm-eval is to load for a name, a file or a folder.
+
+    Args:
+        known: lm-eval's ``TaskManager``.
+
+    Raises:
+        UsageError: there is no such file or name, or the folder holds none.
+    """
+    path = Path(task)
+    if _is_name(task):
+        if task not in known.all_tasks:
+            raise _unknown(task, known.all_tasks)
+        return [task]
+    if not path.is_dir():
+        if not path.is_file():
+            raise UsageError("there is no such task file", where=f"--lm-eval {task}", next="check the path")
+        return [task]
+    files = {name: known.task_index[name].yaml_path for name in known.all_subtasks}
+    found = [
+        name for name, file in files.items()
+        if file is not None and Path(file).resolve().is_relative_to(path.resolve())
+    ]  # fmt: skip
+    if not found:
+        raise UsageError(
+            "the folder holds no task", where=f"--lm-eval {task}", next="name one with task .yaml files"
+        )
+    return found
 
 
 def _unknown(name: str, known: Sequence[str]) -> UsageError:

@@ -84,14 +84,14 @@ class Streamed(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(self, requests: Sequence[Request], **kwargs: Any) -> list[tuple[float, bool]]:
         items = []
         for _, context, continuation in requests:
-            if len(continuation) >= self.max_length or not continuation:
+            if not 0 < len(continuation) <= self.max_length:
                 raise DataError(
-                    f"a continuation has {len(continuation)} tokens, which the model's maximum of {self.max_length} "
-                    "leaves no context for" if continuation else "a continuation has no tokens", where="--lm-eval",
+                    f"a continuation has {len(continuation)} tokens; it must have 1 to {self.max_length}, the model's "
+                    "maximum", where="--lm-eval", next="shorten the task's choices or texts",
                 )  # fmt: skip
-            # too long a context loses its beginning, as it does everywhere in lm-eval
-            ids = [*context, *continuation][-self.max_length :]
-            items.append(Item(ids, len(ids) - len(continuation)))
+            # too long a context loses its beginning, as it does everywhere in lm-eval; the last token is not read
+            *ids, last = [*context, *continuation][-(self.max_length + 1) :]
+            items.append(Item(ids, len(ids) + 1 - len(continuation), beyond=1, last=last))
         stream, groups = self.stream, group(items)
         need = sum(stream.hidden_bytes(each.rows) for each in groups)
         heads = stream.skeleton.bytes(stream.skeleton.head_targets())
