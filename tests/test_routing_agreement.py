@@ -138,3 +138,19 @@ def test_models_that_no_plan_relates_are_told_apart(cli: Cli, tiny: Tiny, tmp_pa
     assert "made for another checkpoint" in reason(one, two)
     assert "the model has none" in reason(Checkpoint.open(source), one)
     assert "different numbers" in reason(Checkpoint.open(source), Checkpoint.open(tiny("qwen3_moe", experts=16)))
+
+
+def test_a_model_that_is_not_saved_is_seen_through_its_own_plan(tiny: Tiny, tmp_path: Path) -> None:
+    import moezip
+
+    text = write_text(tmp_path / "text.jsonl", documents=4)
+    source = moezip.open(tiny("qwen3_moe"))
+    view = source.prune("random", keep=4)
+    found = view.evaluate(text, against=source, tokens=96)
+    view.save(tmp_path / "out")
+    saved = moezip.open(tmp_path / "out")
+    assert found.routing is not None and found.routing.reason is None
+    assert found.routing == saved.evaluate(text, against=source, tokens=96).routing
+    # of the plan in the folder that it is a view of, a view is none of the output
+    again = saved.prune("random", keep=3).evaluate(text, against=source, tokens=96)
+    assert again.routing is not None and "made for another checkpoint" in (again.routing.reason or "")

@@ -29,6 +29,7 @@ from moezip.arch.spec import Architecture, LayerFacts
 from moezip.calibrate.choices import ids_dtype
 from moezip.calibrate.hidden import HiddenStates
 from moezip.calibrate.stream import Stream
+from moezip.checkpoint.reader import Checkpoint
 from moezip.checkpoint.source import Source
 from moezip.plan.plan import LayerPlan, Plan
 
@@ -105,6 +106,8 @@ def maps(
     if [fact.layer for fact in facts] != [fact.layer for fact in reference_facts]:
         return "the two have experts in different layers"
     plan = _plan_of(model)
+    if plan is None and not isinstance(model, Checkpoint):
+        return "the model is not saved, and its last step says nothing of experts"
     if plan is not None and model.fingerprint != reference.fingerprint:
         if plan.source != reference.fingerprint:
             return "the model's plan was made for another checkpoint than the reference"
@@ -136,6 +139,10 @@ def _open(ids: Ints) -> Ints:
 
 
 def _plan_of(source: Source) -> Plan | None:
+    """The plan that a checkpoint was written by, or that a view reads its source through."""
+    if not isinstance(source, Checkpoint):
+        found: Plan | None = getattr(source, "plan", None)
+        return found
     file = source.folder / PLAN
     return Plan.load(file) if file.is_file() else None
 
