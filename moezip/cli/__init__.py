@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from moezip import __version__, console
 from moezip.cli import batch, compress, look, measure, report, tasks, write
+from moezip.console import logs
 from moezip.errors import MoezipError
 
 
@@ -86,6 +87,7 @@ def main() -> None:
     """The ``moezip`` command. Exit codes: 0 done, 1 our error, 2 usage, 130 interrupted."""
     debug = "--debug" in sys.argv
     try:
+        logs.show(debug)
         code = app(prog_name="moezip", standalone_mode=False)
     except MoezipError as error:
         if debug:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from moezip import console
+from moezip.cli import complete
 from moezip.cli.options import Debug, Device, Json, MaxMemory, Quiet, Set, Workdir, common_of, settings_of
 from moezip.console import results
 from moezip.progress import unwatched
@@ -15,7 +16,12 @@ from moezip.progress import unwatched
 
 def run(
     recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="A recipe.yaml, or the name of one that comes with moezip.")
+        str,
+        typer.Argument(
+            metavar="RECIPE",
+            autocompletion=complete.recipes,
+            help="A recipe.yaml, or the name of one that comes with moezip.",
+        ),
     ],
     only: Annotated[str | None, typer.Option("--only", help="One job or sweep, and what it needs.")] = None,
     dry_run: Annotated[

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from moezip import console
+from moezip.cli import complete
 from moezip.cli.options import (
     Ckpt,
     Data,
@@ -35,7 +36,9 @@ from moezip.sizes import share_or_size
 def prune(
     checkpoint: Ckpt,
     out: Out,
-    method: Annotated[str, typer.Option("--method", "-m", help="See `moezip methods`.")] = "easy-ep",
+    method: Annotated[
+        str, typer.Option("--method", "-m", autocompletion=complete.pruning, help="See `moezip methods`.")
+    ] = "easy-ep",
     keep: Annotated[int | None, typer.Option("--keep", min=1, help="Experts kept in each layer.")] = None,
     ratio: Annotated[float | None, typer.Option("--ratio", help="Share of the experts removed.")] = None,
     data: Data = None,
@@ -89,7 +92,9 @@ def prune(
 def merge(
     checkpoint: Ckpt,
     out: Out,
-    method: Annotated[str, typer.Option("--method", "-m", help="See `moezip methods`.")] = "m-smoe",
+    method: Annotated[
+        str, typer.Option("--method", "-m", autocompletion=complete.merging, help="See `moezip methods`.")
+    ] = "m-smoe",
     keep: Annotated[int | None, typer.Option("--keep", min=1, help="Experts left in each layer.")] = None,
     ratio: Annotated[float | None, typer.Option("--ratio", help="Share of the experts merged away.")] = None,
     data: Data = None,
@@ -150,11 +155,17 @@ def quantize(
     size: Annotated[
         str | None, typer.Option("--size", help="Size of the output instead, such as 6GiB, or 40% of the source's.")
     ] = None,
-    solver: Annotated[str, typer.Option("--solver", help="gptq (needs text) or rtn; see `moezip methods`.")] = "gptq",
+    solver: Annotated[
+        str,
+        typer.Option(
+            "--solver", autocompletion=complete.solvers, help="gptq (needs text) or rtn; see `moezip methods`."
+        ),
+    ] = "gptq",
     allocate: Annotated[
         str,
         typer.Option(
             "--allocate",
+            autocompletion=complete.allocators,
             help="uniform: one width. lp: the least predicted loss for the size. pmq: MC-MoE's. outlier, block: "
             "QuantMoE-Bench's.",
         ),
@@ -224,6 +235,7 @@ def skip(
         str,
         typer.Option(
             "--rule",
+            autocompletion=complete.rules,
             help="naee: drop an expert whose gate is small beside the token's best. odp: the same, but tokens that "
             "matter keep all. otp: a small trained network per layer decides.",
         ),

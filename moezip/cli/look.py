@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from moezip import console
+from moezip.cli import complete
 from moezip.cli.options import Ckpt, Debug, Json, Quiet
 from moezip.console import results
 
@@ -25,7 +26,7 @@ def inspect(checkpoint: Ckpt, as_json: Json = False, debug: Debug = False) -> No
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(help="One method, explained.")] = None,
+    name: Annotated[str | None, typer.Argument(help="One method, explained.", autocompletion=complete.methods)] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from moezip import console
+from moezip.cli import complete
 from moezip.cli.options import (
     Ckpt,
     Data,
@@ -71,7 +72,10 @@ def calibrate(
 def evaluate(
     checkpoint: Ckpt,
     against: Annotated[
-        str | None, typer.Option("--against", help="A reference checkpoint, usually the source.")
+        str | None,
+        typer.Option(
+            "--against", autocompletion=complete.checkpoints, help="A reference checkpoint, usually the source."
+        ),
     ] = None,
     data: Data = None,
     tasks: Annotated[

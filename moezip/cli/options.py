@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moezip.cli import complete
 from moezip.errors import UsageError
 from moezip.sizes import size_of
 
@@ -27,7 +28,11 @@ def packaged(paths: list[Path] | None) -> list[Path] | None:
 
 Ckpt = Annotated[
     str,
-    typer.Argument(metavar="CKPT", help="A checkpoint folder, a hub id (ORG/NAME or ORG/NAME@REVISION), or demo."),
+    typer.Argument(
+        metavar="CKPT",
+        autocompletion=complete.checkpoints,
+        help="A checkpoint folder, a hub id (ORG/NAME or ORG/NAME@REVISION), or demo.",
+    ),
 ]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")]
 Data = Annotated[
@@ -35,6 +40,7 @@ Data = Annotated[
     typer.Option(
         "--data",
         callback=packaged,
+        autocompletion=complete.texts,
         help="Text: .txt, .jsonl or a folder of them. One path is one domain; repeat for several. "
         "demo:calib/python.jsonl is of the package.",
     ),
@@ -54,11 +60,16 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existin
 Seed = Annotated[int, typer.Option("--seed", min=0, help="The only source of chance.")]
 For = Annotated[
     str | None,
-    typer.Option("--for", metavar="READER", help="Who must read OUT: transformers, vllm, sglang, llamacpp or moezip."),
+    typer.Option(
+        "--for",
+        metavar="READER",
+        autocompletion=complete.readers,
+        help="Who must read OUT: transformers, vllm, sglang, llamacpp or moezip.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Data as JSON on stdout, talk on stderr.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no talk.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and a log of what is done.")]
 
 
 def settings_of(texts: Sequence[str] | None) -> dict[str, str]:

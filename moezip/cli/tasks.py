@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from moezip import console
+from moezip.cli import complete
 from moezip.cli.options import (
     Ckpt,
     Debug,
@@ -40,7 +41,9 @@ def tasks_build(
         typer.Option("--task", metavar="NAME=DATA", help="A task and text of it; repeat for each, two at least."),
     ] = None,
     out: Annotated[Path, typer.Option("--out", help="The patterns file to make.")] = Path("patterns.json"),
-    method: Annotated[str, typer.Option("--method", "-m", help="See `moezip methods`.")] = "tcess",
+    method: Annotated[
+        str, typer.Option("--method", "-m", autocompletion=complete.pruning, help="See `moezip methods`.")
+    ] = "tcess",
     keep: Annotated[int | None, typer.Option("--keep", min=1, help="Experts kept per layer. Default half.")] = None,
     ratio: Annotated[float | None, typer.Option("--ratio", help="Share of the experts removed.")] = None,
     settings: Set = None,

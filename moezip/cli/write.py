@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from moezip import console
+from moezip.cli import complete
 from moezip.cli.options import Ckpt, Debug, For, Json, Out, Overwrite, Quiet, Set, common_of, settings_of
 from moezip.console import results
 
@@ -38,6 +39,7 @@ def export(
         typer.Option(
             "--to",
             metavar="FORMAT",
+            autocompletion=complete.formats,
             help="safetensors (plain numbers), compressed-tensors, gptq, or gguf (OUT is then a file; "
             "--set type=F16, BF16, F32, Q8_0, Q4_0 or MXFP4).",
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from moezip.checkpoint.reader import Checkpoint
 from moezip.checkpoint.writer import Staging
 from moezip.errors import CheckpointError, UsageError
 from moezip.progress import Watch, unwatched
+
+log = logging.getLogger("moezip.pipeline")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +59,13 @@ class Clock:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         begun = time.monotonic()
+        log.debug("%s begins", name)
         try:
             yield
         finally:
-            self.stages[name] = self.stages.get(name, 0.0) + time.monotonic() - begun
+            took = time.monotonic() - begun
+            self.stages[name] = self.stages.get(name, 0.0) + took
+            log.debug("%s ends after %.3f s", name, took)
 
     @property
     def seconds(self) -> float:
@@ -125,7 +131,12 @@ def looked_at(name: str) -> Iterator[Opened]:
 def _understood(source: Checkpoint) -> Opened:
     entry = identify(source.config, source.folder)
     check_shapes(source, entry)
-    return Opened(source, entry, tuple(entry.layer_facts(source.config)))
+    facts = tuple(entry.layer_facts(source.config))
+    log.debug(
+        "opened %s: %s, %d layers with experts, %d tensors, fingerprint %s",
+        source.folder, entry.name, len(facts), len(source.names()), source.fingerprint[:12],
+    )  # fmt: skip
+    return Opened(source, entry, facts)
 
 
 def refuse_output(out: Path, source: Path, common: Common) -> None:
