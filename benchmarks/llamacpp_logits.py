@@ -86,7 +86,7 @@ def _exact(parameters: _Parameters) -> _Parameters:
     The fields are found by the defaults around them: rope scaling, pooling, attention and flash attention are four
     neighbours of -1 ("automatic"), and the types of keys and values the first two neighbours of 1 (F16) behind them.
     """
-    words = np.frombuffer(parameters, dtype=np.int32)
+    words = np.frombuffer(parameters, dtype=np.int32)  # type: ignore[call-overload]  # the fields as they lie
     automatic = [place for place in range(64) if (words[place : place + 4] == -1).all()]
     behind = range(automatic[-1] + 4, 64) if automatic else ()
     types = [place for place in behind if (words[place : place + 2] == 1).all()]

@@ -47,7 +47,7 @@ def readers(incomplete: str) -> Offered:
 
 
 def formats(incomplete: str) -> Offered:
-    from moezip.pipeline.export import FORMATS
+    from moezip.export.formats import FORMATS
 
     return _starting(incomplete, FORMATS.items())
 
@@ -58,9 +58,12 @@ def checkpoints(incomplete: str) -> Offered:
 
 
 def recipes(incomplete: str) -> Offered:
-    """YAML files, and the folders on the way to them."""
+    """The names of those that come with moezip, YAML files, and the folders on the way to them."""
+    from moezip import demo
+
+    named = _starting(incomplete, [(name, "comes with moezip") for name in demo.recipes()])
     files = [(word, "") for word in _paths(incomplete) if word.endswith((".yaml", ".yml"))]
-    return [*files, *_folders(incomplete)]
+    return [*named, *files, *_folders(incomplete)]
 
 
 def texts(incomplete: str) -> Offered:

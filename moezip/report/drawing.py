@@ -25,7 +25,7 @@ _VARIABLES = {
     **{colour: f"--s{place}" for place, colour in enumerate(SEQUENCE)},
 }  # fmt: skip
 DPI = 72  # matplotlib's points are then the page's pixels
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "font.size": 11, "font.family": "sans-serif", "axes.edgecolor": LINE,
     "axes.labelcolor": MUTED, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 1,
     "xtick.color": LINE, "ytick.color": LINE, "xtick.labelcolor": MUTED, "ytick.labelcolor": INK, "text.color": INK,
