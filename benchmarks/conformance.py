@@ -184,9 +184,9 @@ def rows_of(source: Path, heldout: Path) -> Any:
 
 def own_loss(path: Path, rows: Any) -> float:
     import torch
+    from conformance_read import nll
 
     import moezip as package
-    from conformance_read import nll
 
     model, losses = package.load(path), []
     for row in torch.from_numpy(rows):
