@@ -26,7 +26,8 @@ def beginnings(files: list[Path], tokenizer: Any, tokens: int) -> list[Any]:
     found = []
     for file in files:
         with file.open(encoding="utf-8") as lines:
-            found.append(tokenizer(json.loads(next(lines))["text"], return_tensors="pt").input_ids[:, :tokens])
+            text = json.loads(next(lines))["text"]
+            found.append(tokenizer(text, truncation=True, max_length=tokens, return_tensors="pt").input_ids)
     return found
 
 
