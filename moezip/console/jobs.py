@@ -22,7 +22,6 @@ def tell_failure(result: JobResult) -> None:
     for key, label in (("where", "  where: "), ("next", "  next:  ")):
         if error.get(key) is not None:
             console.say(f"{label}{error[key]}")
-    console.say("  the other jobs go on")
 
 
 def show_jobs(results: Sequence[JobResult], rows: Mapping[str, Mapping[str, Any]], as_json: bool, quiet: bool) -> None:
