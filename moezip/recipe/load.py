@@ -184,8 +184,8 @@ def _check_names(recipe: Recipe, places: Places) -> None:
         for i, step in enumerate(job.steps):
             against = None if step.evaluate is None else step.evaluate.against
             if against is not None and against.startswith(JOB):
-                loc = ("jobs", name, "steps", i, "evaluate", "against")
-                _require_job(against.removeprefix(JOB), f"the job {name!r} compares with", recipe, loc, places)
+                at: Loc = ("jobs", name, "steps", i, "evaluate", "against")
+                _require_job(against.removeprefix(JOB), f"the job {name!r} compares with", recipe, at, places)
     for group, members in recipe.sweeps.items():
         for name in members:
             _require_job(name, f"the sweep {group!r} holds", recipe, ("sweeps", group), places)
