@@ -37,11 +37,13 @@ def run(
 ) -> None:
     """Runs a batch of jobs from a recipe; finished ones are skipped, interrupted ones go on."""
     from moezip.console.jobs import show_forecast, show_jobs, tell_failure
-    from moezip.pipeline.batch import forecast, run_recipe, summary_of
+    from moezip.pipeline.batch import run_recipe, summary_of
     from moezip.recipe import find, load
 
     loaded = load(find(recipe), settings_of(settings))
     if dry_run:
+        from moezip.pipeline.batch.forecast import forecast
+
         common = common_of(unwatched, device=device, max_memory=max_memory, workdir=workdir)
         seen = forecast(loaded, common, only)
         show_forecast(seen, as_json)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from moezip import console
 
 if TYPE_CHECKING:
-    from moezip.pipeline.batch import Forecast, JobResult
+    from moezip.pipeline.batch import JobResult
+    from moezip.pipeline.batch.forecast import Forecast
 
 
 def tell_failure(result: JobResult) -> None:

@@ -6,9 +6,8 @@ the job's report and measurements, the resolved ``recipe.yaml``, ``summary.json`
 job, and ``state.json``, which says by digest what is finished.
 """
 
-from moezip.pipeline.batch.forecast import Forecast, forecast
 from moezip.pipeline.batch.jobs import JobResult
 from moezip.pipeline.batch.run import run_recipe
 from moezip.pipeline.batch.summary import summary_of
 
-__all__ = ["Forecast", "JobResult", "forecast", "run_recipe", "summary_of"]
+__all__ = ["JobResult", "run_recipe", "summary_of"]
