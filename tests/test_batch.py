@@ -412,6 +412,18 @@ def test_a_job_may_have_a_model_of_its_own(
     assert all(states(run(recipe, "--json")).values())
 
 
+def test_an_export_to_gguf_is_a_file(run: Callable[..., Any], recipe: Recipe, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    recipe["model"] = "demo"
+    gguf = {"export": {"to": "gguf", "for": "llamacpp", "settings": {"type": "Q8_0"}}}
+    recipe["jobs"] = {"chance": {"steps": [recipe["jobs"]["chance"]["steps"][0], gguf]}}
+    answer = run(recipe, "--json")
+    assert states(answer) == {"chance": False}
+    assert answer.json["jobs"][0]["exports"][0]["form"] == "gguf"
+    assert (tmp_path / "out/chance.gguf").read_bytes()[:4] == b"GGUF"
+    assert states(run(recipe, "--json")) == {"chance": True}
+
+
 def test_an_export_without_codes_is_told_before(run: Callable[..., Any], recipe: Recipe, tmp_path: Path) -> None:
     recipe["jobs"] = {"chance": {"steps": [recipe["jobs"]["chance"]["steps"][0], {"export": {"to": "gptq"}}]}}
     answer = run(recipe)

@@ -360,6 +360,8 @@ def test_a_job_can_work_on_what_another_made(write):
         ("{steps: [{export: {to: gpqt}}]}", ["unknown format 'gpqt'", "did you mean 'gptq'?"]),
         ("{steps: [{export: {to: gptq, for: vlm}}]}", ["unknown reader 'vlm'", "did you mean 'vllm'?"]),
         ("{steps: [{export: {to: gptq}}, {export: {to: gptq}}]}", ["'more.gptq' in the output folder"]),
+        ("{steps: [{export: {to: gptq, settings: {type: Q8_0}}}]}", ["to gptq has no settings"]),
+        ("{steps: [{export: {to: gguf, settings: {tipe: Q8_0}}}]}", ["'tipe'", "did you mean 'type'?"]),
         ("{steps: [{export: {too: gptq}}]}", ["unknown key 'too'", "did you mean 'to'?"]),
         ("{steps: [{prune: {method: reap, ratio: 0.5, four: vllm}}]}", ["unknown key 'four'", "mean 'for'?"]),
     ],

@@ -30,7 +30,7 @@ from moezip.recipe.shape import (
 )
 from moezip.recipe.sweep import expand
 from moezip.recipe.text import Loc, Places, parse, put
-from moezip.registry import did_you_mean, lookup, parse_params
+from moezip.registry import did_you_mean, lookup, parse_params, read_settings
 
 # Things that people will look for here; saying "unknown key" would leave them guessing.
 LATER = {"fit": "this version calibrates, prunes, merges, quantizes, evaluates and exports"}
@@ -209,6 +209,7 @@ def _check_names(recipe: Recipe, places: Places) -> None:
             _check_word(action.reader, READERS, "reader", (*loc, "for"), places)
         if isinstance(action, Export):
             _check_word(action.to, FORMATS, "format", (*loc, "to"), places)
+            _check_export(action, loc, places)
         if isinstance(action, Prune | Merge):
             _check_method(action, recipe, loc, places)
         if isinstance(action, Quantize):
@@ -236,6 +237,19 @@ def _check_word(word: str, known: Mapping[str, Any], kind: str, loc: Loc, places
         lookup(word, known, kind)
     except UsageError as error:
         raise RecipeError(error.what, where=places.where(loc), next=error.next) from error
+
+
+def _check_export(action: Export, loc: Loc, places: Places) -> None:
+    from moezip.export.formats import GGUF
+    from moezip.export.gguf import GGUFParams
+
+    where = places.where((*loc, "settings"))
+    if action.settings and action.to != GGUF:
+        raise RecipeError(f"an export to {action.to} has no settings", where=where, next="leave them away")
+    try:
+        read_settings(GGUFParams, {key: str(value) for key, value in action.settings.items()}, GGUF)
+    except UsageError as error:
+        raise RecipeError(error.what, where=where, next=error.next) from error
 
 
 def _check_outputs(recipe: Recipe, places: Places) -> None:

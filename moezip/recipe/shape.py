@@ -167,11 +167,13 @@ class Evaluate(_Record):
 class Export(_Record):
     """Write what the steps before it made in the format ``to`` as well, into a folder ``JOB.FORMAT`` beside it.
 
-    No weight changes. ``for``: who must be able to read it.
+    Of ``gguf`` that is a file. No weight changes but by what the format rounds. ``for``: who must be able to read it.
+    ``settings``: as ``--set`` takes them; only gguf has any.
     """
 
     to: str
     reader: Reader = None
+    settings: dict[str, Annotated[Any, AfterValidator(_scalar)]] = {}
 
 
 Action = Calibrate | Prune | Merge | Quantize | Evaluate | Export

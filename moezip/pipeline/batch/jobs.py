@@ -373,7 +373,8 @@ class Batch:
         return result.to_json()
 
     def _export(self, step: Export, checkpoint: str, out: Path, common: Common) -> dict[str, Any]:
-        report = export_command(checkpoint, out, step.to, step.reader, replace(common, overwrite=True))
+        again = replace(common, overwrite=True)
+        report = export_command(checkpoint, out, step.to, step.reader, again, texts_of(step.settings))
         return asdict(report)
 
 
