@@ -66,16 +66,13 @@ def open_batch(folder: Path) -> list[Run]:
 def _job(folder: Path, row: Mapping[str, Any]) -> Run:
     """A job's own folder tells most; what is not there is told by the summary."""
     name, place = str(row["job"]), folder / str(row["job"])
-    told = {
-        "label": str(row.get("method") or ""),
-        "state": str(row.get("status") or ""),
-        "why": _why(row.get("error")),
-    }
+    label, state, why = str(row.get("method") or ""), str(row.get("status") or ""), _why(row.get("error"))
     if (place / REPORT).is_file():
-        return replace(open_run(place), name=name, **told)  # type: ignore[arg-type]
+        return replace(open_run(place), name=name, label=label, state=state, why=why)
     report = {key: row[column] for column, key in KEYS.items() if row.get(column) is not None}
     missing = ("its folder: experts and plan cannot be shown",) if row.get("out") else ()
-    return Run(name, None, report, evaluations=beside_of(folder / f"{name}{BESIDE}"), missing=missing, **told)
+    found = beside_of(folder / f"{name}{BESIDE}")
+    return Run(name, None, report, evaluations=found, missing=missing, label=label, state=state, why=why)
 
 
 def _why(error: Any) -> str:

@@ -79,7 +79,8 @@ def _map(name: str, title: str, words: str, found: ExpertMap, level: object) -> 
     def draw(axes: Axes) -> None:
         whole: dict[int, list[tuple[float, float, float, float]]] = {}
         corners: dict[int, list[list[tuple[float, float]]]] = {}
-        behind, dots, rings, notches = [], {}, [], []
+        dots: dict[int, list[tuple[float, float, float, float]]] = {}
+        behind, rings, notches = [], [], []
         for y, (_, row) in enumerate(rows):
             for cell in row:
                 x, step = cell.expert, level(cell)  # type: ignore[operator]
@@ -171,8 +172,8 @@ def losses(found: Measured, decided_on: Collection[str]) -> Chart | None:
             axes.annotate(f"{d.rise:+.3f}", (1, y), (4, 0), xycoords=("axes fraction", "data"),
                           textcoords="offset points", va="center", fontsize=10)  # fmt: skip
         places = range(len(rows))
-        axes.scatter([d.source for d in rows], places, 34, facecolor=PAPER, edgecolor=MUTED, linewidth=1.6, zorder=2,
-                     label="source")  # fmt: skip
+        axes.scatter([d.source or 0.0 for d in rows], places, 34, facecolor=PAPER, edgecolor=MUTED, linewidth=1.6,
+                     zorder=2, label="source")  # fmt: skip
         axes.scatter([d.nll for d in rows], places, 34, color=ACCENT, zorder=3, label="here")
         axes.set_yticks(places, [f"{d.name} ●" if d.name in decided_on else d.name for d in rows])
         pad = 0.06 * max(high - low, 0.1)
@@ -256,8 +257,8 @@ def predictions(points: Sequence[Point]) -> Chart | None:
         values = [v for p in both for v in (p.predicted, p.measured) if v is not None]
         ends = (min(0.0, *values), max(values))
         axes.plot(ends, ends, color=LINE, linewidth=1.6, zorder=1)
-        axes.scatter([p.predicted for p in both], [p.measured for p in both], 46, facecolor=PAPER, edgecolor=ACCENT,
-                     linewidth=1.5, zorder=2)  # fmt: skip
+        axes.scatter([p.predicted or 0.0 for p in both], [p.measured or 0.0 for p in both], 46, facecolor=PAPER,
+                     edgecolor=ACCENT, linewidth=1.5, zorder=2)  # fmt: skip
         axes.margins(0.1)
         for axis in "xy":
             _spread(axes, values, axis)

@@ -163,7 +163,8 @@ def measured_of(folder: Path) -> Measured | None:
 def headline(found: Sequence[Measured]) -> Measured | None:
     """The last evaluation against a reference, else the last one of any; None of none."""
     compared = [each for each in found if each.rise is not None]
-    return (compared or list(found) or [None])[-1]
+    chosen = compared or list(found)
+    return chosen[-1] if chosen else None
 
 
 def _read(path: Path) -> Any:

@@ -132,6 +132,7 @@ def _several(runs: Sequence[Run]) -> dict[str, Any]:
         "predictions": charts.predictions(points),
         "agreement": agreement(runs),
         "domains": domains,
+        "commands": _commands(runs),
         "rises": rises,
         "level": partial(_level, highest=highest),
         "mixed": len({_measured_on(run) for run in runs if run.rise is not None}) > 1,
@@ -140,6 +141,15 @@ def _several(runs: Sequence[Run]) -> dict[str, Any]:
         "least": min(ranked, key=lambda p: p.measured or 0.0, default=None),
         "tones": [tone(run.rise) for run in runs],
     }
+
+
+def _commands(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """What made which runs; a batch made many by one command."""
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        if command := run.manifest.get("command"):
+            found.setdefault(str(command), []).append(run.name)
+    return found
 
 
 def _measured_on(run: Run) -> tuple[tuple[str, int], ...]:
