@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from moezip.evaluate.forward import Item, batches, forward, group
 from moezip.evaluate.loss import evaluate
 from moezip.evaluate.result import Loss
 from moezip.evaluate.tasks import Choice, Encoder, Greedy, Match, Tasks, best_choice, load, outcomes
+from tests.command import Cli
 
 # The issue's own bound for numbers of the same model run whole and run streamed.
 PLAIN = 1e-4
@@ -423,6 +425,36 @@ def test_exact_match_accuracy_over_several_rounds(tmp_path: Path) -> None:
         "own": (1, 10),
         "half": (0.5, 10),
     }
+
+
+def test_the_reference_answers_the_same_questions(damaged: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (demo.data("tasks") / "scripture.jsonl").read_text().splitlines()[:8]]
+    sums = [json.loads(line) for line in (demo.data("tasks") / "arithmetic.jsonl").read_text().splitlines()[:8]]
+    quiz = [write_rows(tmp_path / "scripture.jsonl", *rows), write_rows(tmp_path / "arithmetic.jsonl", *sums)]
+    model, source = Checkpoint.open(damaged), Checkpoint.open(demo.checkpoint())
+    found = evaluate(model, tasks=quiz, against=source)
+    alone, reference = (evaluate(each, tasks=quiz) for each in (model, source))
+    assert found.loss is None and found.against is None and found.routing is None
+    differences = 0
+    for name, score in found.tasks.items():
+        assert score.right == alone.tasks[name].right and alone.tasks[name].against is None
+        theirs, paired = reference.tasks[name], score.against
+        assert paired is not None and paired.accuracy == theirs.accuracy
+        assert paired.lost == sum(b and not a for a, b in zip(score.right, theirs.right, strict=True))
+        assert paired.won == sum(a and not b for a, b in zip(score.right, theirs.right, strict=True))
+        differences += paired.lost + paired.won
+    assert differences  # the damage shows, so the comparison means something
+    told = found.to_json()["tasks"]["scripture"]
+    assert told["low"] <= told["accuracy"] <= told["high"] and set(told["against"]) >= {"accuracy", "p_value"}
+
+
+def test_the_table_shows_intervals(damaged: Path, cli: Cli) -> None:
+    words = ("evaluate", damaged, "--against", "demo", "--data", demo.data("heldout") / "python.jsonl", "--seq-len", 96)
+    answer = cli(*words, "--tokens", 960)
+    assert answer.code == 0
+    assert re.search(r"[+-]0\.\d{4} \[-?0\.\d{4}, -?0\.\d{4}\]", answer.out)
+    few = cli(*words, "--tokens", 192)
+    assert few.code == 0 and "too few windows" in few.err
 
 
 def test_the_boundary_between_context_and_choice() -> None:
