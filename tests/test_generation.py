@@ -15,6 +15,7 @@ from moezip.calibrate.data import tokenizer_of
 from moezip.checkpoint.reader import Checkpoint
 from moezip.errors import DataError
 from moezip.evaluate.generation import PROMPT_TOKENS, Generation, Written, figures, generate, period, prompts
+from moezip.evaluate.whole import needed_bytes
 from moezip.plan.plan import LayerPlan, Pick, Plan
 from moezip.runtime.load import load
 from tests.command import Cli, write_text
@@ -141,3 +142,10 @@ def test_there_must_be_documents_and_room(cli: Cli, tiny: Tiny, tmp_path: Path) 
     assert answer.code == 2 and "no documents to continue" in answer.err
     answer = cli("evaluate", source, "--generate", 2, "--data", text, "--max-memory", "500MiB")
     assert answer.code == 1 and "whole in memory" in answer.err
+
+
+def test_what_is_decoded_as_it_is_loaded_needs_more_room_than_it_has_on_disk(tiny: Tiny) -> None:
+    stored, plain = (Checkpoint.open(tiny("deepseek_v3", dtype="bfloat16", **kind)) for kind in ({"stored": "fp8"}, {}))
+    sizes = [sum(source.spec(name).bytes for name in source.names()) for source in (stored, plain)]
+    assert sizes[0] < sizes[1]
+    assert needed_bytes(stored) == needed_bytes(plain) > sizes[1]

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moezip.arch.experts import decoded
+from moezip.arch.layout import METHOD
 from moezip.calibrate.memory import steady
 from moezip.checkpoint.source import Source
 from moezip.errors import MoezipError
+from moezip.formats import compressed_tensors
 
 # Beside the weights: activations, the cache of keys and values, what loading leaves behind.
 ROOM = 1.2
 # The interpreter, torch and transformers.
 BASE_BYTES = 600 * 2**20
+# What ``moezip.load`` runs as it is stored.
+STAY_PACKED = (METHOD, compressed_tensors.METHOD)
 
 
 def needed_bytes(source: Source) -> int:
-    """About what a process with this model takes. Packed experts stay packed, so the stored bytes count."""
-    return BASE_BYTES + int(ROOM * sum(source.spec(name).bytes for name in source.names()))
+    """About what a process with this model takes: the stored bytes where experts stay packed, else those of the decoded
+    weights (fp8 and mxfp4 blocks, GPTQ)."""
+    method = (source.config.get("quantization_config") or {}).get("quant_method")
+    held = source if method in STAY_PACKED else decoded(source)
+    return BASE_BYTES + int(ROOM * sum(held.spec(name).bytes for name in held.names()))
 
 
 def allowed_bytes(max_memory: int | None) -> int:
@@ -50,4 +59,5 @@ def load_whole(folder: Path, device: str) -> Any:
     from moezip.runtime.load import load
 
     steady()
+    gc.collect()  # what came before may hang in cycles
     return load(folder, device=device)
