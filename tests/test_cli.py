@@ -170,7 +170,7 @@ def test_prune_loads_in_stock_transformers_verifies_and_evaluates(
 
     measured = cli("evaluate", out, "--against", model, "--data", text, "--tokens", TOKENS, "--json").json
     assert measured["tokens"] > 0 and measured["nll"] > 0
-    assert measured["by_file"]["words"].keys() == {"nll", "perplexity", "tokens"}
+    assert measured["by_file"]["words"].keys() >= {"nll", "perplexity", "tokens"}
     assert measured["by_file"]["words"]["nll"] == pytest.approx(measured["nll"])
     assert measured["against"]["kl"] > 0 and 0 <= measured["against"]["top1_agreement"] < 1
     assert measured["against"]["nll"] != measured["nll"]
