@@ -80,7 +80,9 @@ def evaluate(
 
     model = stream_of(source)
     reference = None if against is None else stream_of(against)
-    routing = None if reference is None or not data else maps(source, against, _facts(model), _facts(reference))
+    routing = None
+    if against is not None and reference is not None and data:
+        routing = maps(source, against, _facts(model), _facts(reference))
     need = sum(model.hidden_bytes(each.rows) for each in groups)
     if reference is not None:
         need += sum(reference.hidden_bytes(each.rows) for each in groups)

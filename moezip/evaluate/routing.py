@@ -180,7 +180,8 @@ class Watch:
 
     def __init__(self, architecture: Architecture, layers: Sequence[int], take: Callable[[int, Ints], None]):
         self._entry, self._layers, self._take = architecture, frozenset(layers), take
-        self._seen, self._hook = _Seen(), None
+        self._seen = _Seen()
+        self._hook: Any = None
 
     def watch(self, layer: int, module: Any) -> None:
         if layer not in self._layers:
