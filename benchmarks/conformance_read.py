@@ -45,7 +45,17 @@ def mlx(checkpoint: str, rows: Rows) -> float:
     from mlx_lm.utils import load_model
 
     mx.set_default_device(mx.cpu)
-    model, _ = load_model(Path(checkpoint))
+    try:
+        model, _ = load_model(Path(checkpoint))
+    except TypeError as missing:  # it knows two fields by the names that transformers 4 gave them
+        config = json.loads((Path(checkpoint) / "config.json").read_text())
+        if "rope_parameters" not in config:
+            raise
+        told = {"rope_theta": config["rope_parameters"]["rope_theta"]}
+        told |= {"num_experts": config["num_local_experts"]} if "num_local_experts" in config else {}
+        print(f"NOTE {missing}: given {told}", flush=True)
+        model, _ = load_model(Path(checkpoint), model_config=told)
+    model.set_dtype(mx.float32)  # on the CPU it multiplies experts in no other
     losses = []
     for row in rows:
         scores = np.array(model(mx.array(row[None].astype(np.int32)))[0].astype(mx.float32))
