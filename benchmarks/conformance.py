@@ -72,7 +72,7 @@ MIXED = (
     "quantize", "{source}", "{out}", "--allocate", "lp", "--granularity", "layer", "--bits", "5", "--data", "{data}",
     "--tokens", "4096", *PLAIN_SCALES,
 )  # fmt: skip
-REPLAN = (*ROUNDED, "--plan", "{plan}", *PLAIN_SCALES)
+REPLAN = (*ROUNDED, "--plan", "{plan}")
 FORMS = (
     Form("pruned", ("prune", "{source}", "{out}", "--method", "router-norm", *HALF), "half of the experts, stock",
          again=APPLIED),
@@ -165,6 +165,10 @@ def asked_for(form: Form, reader: str, made: dict[str, Path], work: Path, data: 
     words += ["--for", reader]
     code, report, told = moezip([*words, "--overwrite"])
     if code:
+        if (
+            f"--for {reader}" not in told and "unknown reader" not in told
+        ):  # refused for some other reason, which says nothing of the reader
+            raise SystemExit(f"{form.name} for {reader}: {told}")
         line = next((line for line in told.splitlines() if line.startswith("error")), told)
         return "refused: " + line.removeprefix("error: ")
     plain = json.loads((made[form.name] / "moezip/report.json").read_text())["form"] if form.folder else "gguf"
@@ -422,7 +426,7 @@ def page(
         "\n".join(f"{number}. `{note}`" for number, note in enumerate(notes, 1)),
         "## What `--for READER` makes of each",
         "The same command with `--for`: 'written' is the form above, 'written as' another one that the reader reads.",
-        table(("form", *words), [[form, *(asked[form, word] for word in words)] for form in forms]),
+        table(("form", *words), [[form, *(asked.get((form, word), "not run") for word in words)] for form in forms]),
     ]
     return "\n\n".join(parts), unrefused
 

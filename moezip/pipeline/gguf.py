@@ -31,7 +31,8 @@ def gguf_command(checkpoint: str, out: Path, reader: str | None, common: Common,
     params: GGUFParams = read_settings(GGUFParams, settings, "gguf")
     if reader is not None and lookup(reader, READERS, "reader") and reader != READER:
         raise PlanError(
-            f"{READERS[reader]} does not read GGUF files", where=f"--for {reader}",
+            f"GGUF files are written for llama.cpp, and were tried in no other reader, {READERS[reader]} among them",
+            where=f"--for {reader}",
             next="leave --for out, or choose another format (--to)",
         )  # fmt: skip
     model = opened(checkpoint)
