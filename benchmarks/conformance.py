@@ -390,6 +390,12 @@ def main() -> None:
         raise SystemExit("misread, and not refused by --for: " + ", ".join(unrefused))
 
 
+def _meant(form: str, reader: str) -> bool:
+    """Whether the reader is given such a form: llama.cpp reads files, others folders, transformers both."""
+    file = form in {each.name for each in FORMS if not each.folder}
+    return reader.startswith("transformers") or file == (reader == "llama.cpp")
+
+
 def page(
     checkpoint: str, results: dict[str, Any], own: dict[str, float], asked: dict[tuple[str, str], str], rows: Any
 ) -> tuple[str, list[str]]:
@@ -401,10 +407,13 @@ def page(
     for form, what in about.items():
         cells = []
         for name in names:
-            found = verdict(form, results[name]["forms"].get(form), own[form])
+            given = results[name]["forms"].get(form)
+            found = "–" if given is None and not _meant(form, name) else verdict(form, given, own[form])
             if found.startswith("no: "):
-                notes.append(found.removeprefix("no: "))
-                found = f"no [{len(notes)}]"
+                words_of_it = found.removeprefix("no: ").replace("`", "'").strip()
+                if words_of_it not in notes:
+                    notes.append(words_of_it)
+                found = f"no [{notes.index(words_of_it) + 1}]"
             if found.startswith("MISREADS"):
                 refusal = asked.get((form, results[name]["asked"] or ""), "no word for this reader")
                 if not refusal.startswith(("refused", "written as")):
