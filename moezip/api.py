@@ -83,7 +83,8 @@ class _Step:
         view: the result as it would be read back.
         plan: None where no plan says it. values: its solved values.
         stages: seconds that it took.
-        folder: holds solved weights as long as the model lives.
+        before: the step that it follows, whose values it may read.
+        folder: holds solved weights as long as a model lives that reads them.
     """
 
     verb: Literal["prune", "merge", "quantize", "skip"]
@@ -92,6 +93,7 @@ class _Step:
     plan: Plan | None
     values: Values | None
     stages: Mapping[str, float]
+    before: _Step | None = None
     folder: tempfile.TemporaryDirectory[str] | None = None
 
 
@@ -226,12 +228,13 @@ class Model:
         reader: str | None = None,
         settings: Settings | None = None,
     ) -> Model:
-        """The model with the experts, or neurons, that matter for a text.
+        """The model with the experts, or neurons, that matter for a text. What ``prune`` or ``merge`` left can be
+        pruned too, if it is by whole experts.
 
         Args:
             method: see ``moezip methods``.
             keep, ratio: experts kept in each layer, or the share removed; one of them.
-            data, tokens: calibration text. stats: statistics in its place, taken or saved before.
+            data, tokens: calibration text. stats: statistics of the checkpoint in its place, taken or saved before.
             weights: how much each domain counts, by name; default alike.
             scope: as many experts in every layer, or ranked over all layers.
             reader: who must be able to read what is saved, as ``--for``.
@@ -241,27 +244,30 @@ class Model:
             UsageError, PlanError, StatisticsError, DataError: what cannot be decided or carried out, and why.
         """
         from moezip.export.readers import planned
+        from moezip.pipeline.onward import OBSERVED, joined, seen_through
         from moezip.pipeline.prune import PruneJob, decide_prune, prepare_prune, require_text, write_plan
 
-        self._require_whole("prune")
+        plan, values = self._onward("prune", stats)
         job = PruneJob(
             method, keep, ratio, settings_of(settings), texts_of(data, tokens), _file_of(stats), weights or {}, scope,
-            reader,
+            reader, plan, values,
         )  # fmt: skip
-        prepared = prepare_prune(str(self.folder), job, self._common, self._source)
+        prepared = prepare_prune(str(self.folder), job, self._common, seen_through(self._source, plan, values))
         taken = _taken(stats)
         if taken is None:
             require_text(prepared, job)
         clock, source = Clock(), self._source.source
         with self._scratch() as folder:
-            common = self._within(folder)
-            plan, seen, notes = decide_prune(prepared, job, common, clock, Path(folder), stats=taken)
+            made, seen, notes = decide_prune(prepared, job, self._within(folder), clock, Path(folder), stats=taken)
+        if plan is not None and seen is not None:
+            notes = [*notes, OBSERVED]
+        plan, values = joined(plan, values, made, None)
 
         def write(out: Path, common: Common, clock: Clock) -> Report:
-            return write_plan(source, plan, out, common, clock, seen, notes, reader)
+            return write_plan(source, plan, out, common, clock, seen, notes, reader, values)
 
-        view = cast(Source, planned(source, plan, reader))
-        return self._made(_Step("prune", view, write, plan, None, clock.stages))
+        view = cast(Source, planned(source, plan, reader, values))
+        return self._made(_Step("prune", view, write, plan, values, clock.stages, self._step))
 
     def merge(
         self,
@@ -286,39 +292,33 @@ class Model:
         """
         from moezip.export.readers import planned
         from moezip.pipeline.merge import MergeJob, decide_merge, prepare_merge, require_text
-        from moezip.pipeline.merge_steps import Decided, merge_after
-        from moezip.pipeline.onward import seen_through
+        from moezip.pipeline.onward import OBSERVED, joined, seen_through
         from moezip.pipeline.prune import write_plan
         from moezip.plan.packed import LayerFiles
 
-        first = None if self._step is None else self._require("merge", "prune").plan
-        if first is not None and stats is not None:
-            raise UsageError("statistics of the checkpoint do not say what a pruned model does", where="stats",
-                             next="give data, and the pruned model is observed again")  # fmt: skip
+        first, _ = self._onward("merge", stats)
         job = MergeJob(
             method, keep, ratio, settings_of(settings), texts_of(data, tokens), _file_of(stats), weights or {}, scope,
-            reader,
+            reader, first,
         )  # fmt: skip
-        prepared = prepare_merge(str(self.folder), job, self._common, seen_through(self._source, first, merging=True))
+        seen_as = seen_through(self._source, first, merging=True)
+        prepared = prepare_merge(str(self.folder), job, self._common, seen_as)
         taken = _taken(stats)
         if taken is None or prepared.looks:
             require_text(prepared, job)
         clock, source, held = Clock(), self._source.source, self._scratch()
-        common, folder = self._within(held.name), Path(held.name)
-        if first is None:
-            plan, solved, seen, notes = decide_merge(prepared, job, common, clock, folder, stats=taken)
-            made = Decided(plan, LayerFiles(solved.folder) if plan.solved else None, seen, tuple(notes))
-        else:
-            with clock.stage("merge"):
-                made = merge_after(job, self._source, first, None, common, folder)
-        assert made.plan is not None
-        whole = made.plan
+        made, solved, seen, notes = decide_merge(
+            prepared, job, self._within(held.name), clock, Path(held.name), stats=taken
+        )  # fmt: skip
+        if first is not None and seen is not None:
+            notes = [OBSERVED, *notes]
+        plan, values = joined(first, None, made, LayerFiles(solved.folder) if made.solved else None)
 
         def write(out: Path, common: Common, clock: Clock) -> Report:
-            return write_plan(source, whole, out, common, clock, made.stats, made.notes, reader, made.values)
+            return write_plan(source, plan, out, common, clock, seen, notes, reader, values)
 
-        view = cast(Source, planned(source, whole, reader, made.values))
-        return self._made(_Step("merge", view, write, whole, made.values, clock.stages, held))
+        view = cast(Source, planned(source, plan, reader, values))
+        return self._made(_Step("merge", view, write, plan, values, clock.stages, self._step, held))
 
     def quantize(
         self,
@@ -359,8 +359,7 @@ class Model:
         clock, held = Clock(), self._scratch()
         codes = solve_quantize(prepared, job, self._within(held.name), clock, Path(held.name) / WORK)
         view = readable(codes.packed, reader)[0]
-        values = None if self._step is None else self._step.values
-        return self._made(_Step("quantize", view, codes.write, codes.plan, values, clock.stages, held))
+        return self._made(_Step("quantize", view, codes.write, codes.plan, None, clock.stages, self._step, held))
 
     def skip(
         self, rule: str = "odp", *, data: Texts = (), tokens: int = 65_536, settings: Settings | None = None
@@ -390,7 +389,7 @@ class Model:
             return write_skip(prepared, learnt, job, out, common, clock)
 
         view = WithSkipping(self._source.source, learnt.skipping)
-        return self._made(_Step("skip", view, write, None, None, clock.stages))
+        return self._made(_Step("skip", view, write, None, None, clock.stages, self._step))
 
     # -- writing --------------------------------------------------------------------------------------------
 
@@ -455,6 +454,18 @@ class Model:
 
     def _within(self, folder: str) -> Common:
         return replace(self._common, workdir=Path(folder))
+
+    def _onward(self, verb: str, stats: Statistics | FilePath | None) -> tuple[Plan | None, Values | None]:
+        """The plan that ``verb`` goes on from, and its values. Raises UsageError where it cannot."""
+        if self._step is None:
+            return None, None
+        step = self._require(verb, "prune", "merge")
+        if stats is not None:
+            raise UsageError(
+                "statistics of the checkpoint do not say what a smaller model does", where="stats",
+                next="give data, and what was made is observed again",
+            )  # fmt: skip
+        return step.plan, step.values
 
     def _require(self, verb: str, *before: str) -> _Step:
         """The last step, which ``verb`` may follow. Raises UsageError where it may not."""
