@@ -77,8 +77,8 @@ def texts(incomplete: str) -> Offered:
         ]
         return _starting(incomplete, [(word, "") for word in (*kinds, *files)])
     own = _starting(incomplete, [("demo:", "text of the package")])
-    files = [(word, "") for word in _paths(incomplete) if word.endswith((".txt", ".jsonl"))]
-    return [*own, *files, *_folders(incomplete)]
+    beside = [(word, "") for word in _paths(incomplete) if word.endswith((".txt", ".jsonl"))]
+    return [*own, *beside, *_folders(incomplete)]
 
 
 def _folders(incomplete: str) -> Offered:
