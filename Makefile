@@ -11,7 +11,7 @@ ARGS ?=
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test sanitize gpu-check compat lint types docs bench conformance arm-check clean
+.PHONY: help demo test sanitize gpu-check compat lint types docs site bench conformance arm-check clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -65,9 +65,19 @@ lint: .venv/installed
 types: .venv/installed
 	$(PY) -m mypy
 
-# Rewrites the generated blocks of the README from the code.
+# Rewrites what the README and the pages of docs/ say of the program, from the program.
 docs: .venv/installed
 	$(PY) docs/generate.py
+
+# The documentation as a site in build/site. Installs MkDocs first; a link or a name that leads nowhere is an error.
+.venv/docs: .venv/installed
+	if test -x .venv/bin/pip; then pip=".venv/bin/python -m pip"; else pip="$(PYTHON) -m pip --python .venv/bin/python"; fi; \
+	  $$pip install --disable-pip-version-check -q -c constraints.txt -e '.[docs]'
+	@touch $@
+
+site: .venv/docs
+	$(PY) docs/generate.py --check
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 # Each script prints its own table; all of them take minutes. WORK=FOLDER keeps the checkpoints that they make.
 BENCH_WORK = $(if $(WORK),--work "$(WORK)")

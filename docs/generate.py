@@ -1,25 +1,34 @@
-"""Writes the tables of README.md from the code, between ``<!-- generated:NAME -->`` and ``<!-- /generated -->``.
+"""Writes what the documents say of the program from the program itself.
 
-``python docs/generate.py`` rewrites them; ``--check`` writes nothing and fails where they are stale.
+Between ``<!-- generated:NAME -->`` and ``<!-- /generated -->`` in README.md and the pages of ``docs/`` stand tables,
+and ``docs/cli.md`` is made as a whole. ``python docs/generate.py`` rewrites them; ``--check`` writes nothing and fails
+where something is stale.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import inspect
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from moezip.arch.families import ARCHITECTURES, REFUSED
 from moezip.arch.spec import Architecture
+from moezip.export.readers import READERS
 from moezip.merge import METHODS as MERGING
+from moezip.pipeline.export import FORMATS
+from moezip.pipeline.skip import RULES
 from moezip.prune import METHODS, PROFILES
 from moezip.quantize import METHODS as SOLVERS
 from moezip.registry import Method
 
-README = Path(__file__).parents[1] / "README.md"
-BLOCK = re.compile(r"(<!-- generated:(?P<name>[a-z]+) -->\n).*?(<!-- /generated -->)", re.DOTALL)
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"(<!-- generated:(?P<name>[a-z-]+) -->\n).*?(<!-- /generated -->)", re.DOTALL)
+MARK = "<!-- Made by docs/generate.py from the program; changes belong there. -->\n\n"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -40,9 +49,43 @@ def solvers() -> str:
     return _methods(SOLVERS)
 
 
+def rules() -> str:
+    return table(("rule", "what it is", "source"), [(f"`{r.name}`", r.summary, r.paper) for r in RULES.values()])
+
+
 def _methods(entries: Sequence[Method]) -> str:
     rows = [(f"`{m.name}`", m.summary, "yes" if m.reads_text else "none", m.paper) for m in entries]
     return table(("method", "what it is", "calibration text", "source"), rows)
+
+
+def _settings(entries: Sequence[Method]) -> Callable[[], str]:
+    """Their ``--set`` names and defaults, and what the docstrings of their settings say."""
+
+    def made() -> str:
+        found = []
+        for method in sorted(entries, key=lambda entry: entry.name):
+            names = [f"`{field.name}={_shown(field.default)}`" for field in dataclasses.fields(method.params)]
+            found.append(f"- `{method.name}`: {', '.join(names) or 'none'}\n")
+        return "".join(found)
+
+    return made
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def explained(entries: Sequence[Method]) -> Callable[[], str]:
+    """What ``moezip methods NAME`` says of each: the docstring of its module, as it stands there."""
+
+    def made() -> str:
+        found = []
+        for method in sorted(entries, key=lambda entry: entry.name):
+            text = inspect.getdoc(inspect.getmodule(method.run)) or method.summary
+            found.append(f"### {method.name}\n\n```text\n{text}\n```\n\n")
+        return "".join(found)
+
+    return made
 
 
 def _routing(entry: Architecture) -> str:
@@ -73,31 +116,72 @@ def refused() -> str:
     return table(("`model_type`", "why not"), rows)
 
 
+def formats() -> str:
+    return table(("`--to`", "what it is"), [(f"`{name}`", what) for name, what in FORMATS.items()])
+
+
+def readers() -> str:
+    return table(("`--for`", "who"), [(f"`{name}`", who) for name, who in READERS.items()])
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
-    "methods": methods, "merging": merging, "solvers": solvers, "architectures": architectures, "refused": refused
+    "methods": methods, "merging": merging, "solvers": solvers, "rules": rules, "architectures": architectures,
+    "refused": refused, "formats": formats, "readers": readers, "pruning-settings": _settings(METHODS),
+    "merging-settings": _settings(MERGING), "solver-settings": _settings(SOLVERS),
+    "rule-settings": _settings(tuple(RULES.values())), "pruning-explained": explained((*METHODS, *PROFILES)),
+    "merging-explained": explained(MERGING), "solvers-explained": explained(SOLVERS),
 }  # fmt: skip
 
 
+def command_line() -> str:
+    """``docs/cli.md``: every command and option, as typer itself writes them down."""
+    from typer import Context
+    from typer.cli import get_docs_for_click
+    from typer.main import get_command
+
+    from moezip.cli import app
+
+    command = get_command(app)
+    text = get_docs_for_click(obj=command, ctx=Context(command), name="moezip", title="Command line")
+    text = re.sub(r"\*\*Commands\*\*:\n\n(\* .*\n)+\n*", "", text)  # cut short by typer, and each has a heading
+    return MARK + text.rstrip() + "\n"
+
+
+PAGES: dict[str, Callable[[], str]] = {"docs/cli.md": command_line}
+
+
 def generated(text: str) -> str:
-    """``text`` with every block made anew. Raises KeyError for a block that nothing makes, or one that is missing."""
-    missing = set(BLOCKS) - {match["name"] for match in BLOCK.finditer(text)}
-    if missing:
-        raise KeyError(f"README.md has no block for {', '.join(sorted(missing))}")
+    """``text`` with every block made anew. Raises KeyError for a block that nothing makes."""
     return BLOCK.sub(lambda match: match[1] + BLOCKS[match["name"]]() + match[3], text)
+
+
+def documents() -> dict[Path, str]:
+    """Every document that has something generated, as it should be. Raises KeyError for a block that none has."""
+    found, held = {}, set()
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
+        if str(path.relative_to(ROOT)) in PAGES:
+            continue
+        text = path.read_text(encoding="utf-8")
+        held |= {match["name"] for match in BLOCK.finditer(text)}
+        found[path] = generated(text)
+    if missing := set(BLOCKS) - held:
+        raise KeyError(f"no document has a block for {', '.join(sorted(missing))}")
+    return {**found, **{ROOT / name: make() for name, make in PAGES.items()}}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a block is stale")
-    check = parser.parse_args().check
-    before = README.read_text(encoding="utf-8")
-    after = generated(before)
-    if check and after != before:
-        print("README.md: generated tables are stale; run: python docs/generate.py", file=sys.stderr)
-        return 1
-    if after != before:
-        README.write_text(after, encoding="utf-8")
-    return 0
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if something is stale")
+    check, stale = parser.parse_args().check, 0
+    for path, text in documents().items():
+        if path.is_file() and path.read_text(encoding="utf-8") == text:
+            continue
+        if check:
+            print(f"{path.relative_to(ROOT)} is stale; run: python docs/generate.py", file=sys.stderr)
+            stale = 1
+        else:
+            path.write_text(text, encoding="utf-8")
+    return stale
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def test_every_recipe_runs_on_the_packaged_model(name: str, cli: Cli, tmp_path: 
 
 
 def test_the_recipe_of_the_readme_runs(cli: Cli, tmp_path: Path) -> None:
-    text = re.search(r"```yaml\n(version: 1\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    text = re.search(r"```yaml\n(version: 1\n.*?)```", (ROOT / "docs/recipes.md").read_text(), re.DOTALL)
     assert text is not None
     (tmp_path / "recipe.yaml").write_text(text[1])
     words = [*few_tokens(text[1]), "--set", f"output={tmp_path / 'out'}", "--json"]
