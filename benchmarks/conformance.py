@@ -294,14 +294,16 @@ def installed(reader: Reader, work: Path) -> Path | None:
             pip = (sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", place)
             ran = run([*pip, *reader.install[0]])
             if ran.returncode:
-                return _not_installed(reader, ran)
+                _not_installed(reader, ran)
+                return None
         return place
     if not (place / "ready").exists():
         run([sys.executable, "-m", "venv", place])
         for words in reader.install:
             ran = run([place / "bin/python", "-m", "pip", "install", "-q", *words])
             if ran.returncode:
-                return _not_installed(reader, ran)
+                _not_installed(reader, ran)
+                return None
         (place / "ready").touch()
     code = f"from importlib.metadata import version; print(version({PACKAGES[reader.name]!r}))"
     reader.version = run([place / "bin/python", "-c", code]).stdout.strip()

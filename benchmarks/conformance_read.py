@@ -26,7 +26,8 @@ def transformers(checkpoint: str, rows: Rows) -> float:
     where: dict[str, Any] = {"pretrained_model_name_or_path": path}
     if path.suffix == ".gguf":
         where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-    model, info = AutoModelForCausalLM.from_pretrained(**where, dtype="auto", output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(**where, dtype="auto", output_loading_info=True)
+    model, info = loaded
     missing = sorted(map(str, info["missing_keys"]))
     loss = _torch_loss(model, rows)
     if missing:

@@ -75,17 +75,18 @@ def llama(python: Path, file: Path, kind: str, threads: int, more: list[str]) ->
     with file.with_suffix(".log").open("w") as log:
         child = subprocess.Popen([str(word) for word in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                  stderr=log, text=True)  # fmt: skip
-        assert child.stdin is not None and child.stdout is not None
+        given, said = child.stdin, child.stdout
+        assert given is not None and said is not None
 
         def answer() -> str:
-            line = child.stdout.readline()
+            line = said.readline()
             if not line:
                 raise SystemExit(f"llama.cpp ended with {child.wait()}; {log.name} has what it said")
             return str(line)
 
         def speed(tokens: int) -> tuple[float, float]:
-            child.stdin.write(f"{tokens}\n")
-            child.stdin.flush()
+            given.write(f"{tokens}\n")
+            given.flush()
             prompt, rest = map(float, answer().split())
             return PROMPT / prompt, tokens / rest
 
@@ -93,7 +94,7 @@ def llama(python: Path, file: Path, kind: str, threads: int, more: list[str]) ->
         try:
             yield speed
         finally:
-            child.stdin.close()
+            given.close()
             child.wait()
 
 

@@ -77,8 +77,8 @@ def main() -> None:
             out = Path(work) / f"{bits:g}"
             asked: dict[str, Any] = {"bits": bits, "allocate": "lp"}
             if bits.is_integer():
-                same = f"{bits:g}"
-                asked = {"bits": bits, "settings": {"attention": same, "shared": same, "dense": same}}
+                width = f"{bits:g}"
+                asked = {"bits": bits, "settings": {"attention": width, "shared": width, "dense": width}}
             measure.say(f"{bits:g} bits")
             job = QuantizeJob(texts=domains_of(calib, given.tokens), **asked)
             report = quantize_command(str(given.checkpoint), out, job, common).report

@@ -217,7 +217,8 @@ def _write(ready: Ready, file: Path, facts: Mapping[str, str], watch: Watch) -> 
         writer.write_header_to_file(path=file)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        (stream,) = writer.fout or ()
+        assert writer.fout is not None  # opened with the header
+        stream = writer.fout[0]
         for written, kind in ready.tensors:
             writer.write_padding(stream, stream.tell())
             start = stream.tell()
@@ -281,8 +282,8 @@ def _describe(ready: Ready, writer: Any, facts: Mapping[str, str]) -> None:
     add: dict[type, Callable[[str, Any], None]] = {
         bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
     }  # fmt: skip
-    for key, value in ready.metadata.items():
-        add[type(value)](f"{ready.family.arch}.{key}", value)
+    for name, fact in ready.metadata.items():
+        add[type(fact)](f"{ready.family.arch}.{name}", fact)
     words = ready.vocabulary
     writer.add_tokenizer_model(words.model)
     if words.model == NONE:

@@ -22,7 +22,7 @@ from moezip.runtime.skipping import Skipping
 if TYPE_CHECKING:
     from moezip.checkpoint.source import Source
 
-Form = Literal["stock", "moezip", "mone", "compressed-tensors", "gptq"]
+Form = Literal["stock", "moezip", "mone", "compressed-tensors", "gptq", "gguf"]
 NAMES = {
     "transformers": "transformers", "vllm": "vLLM", "sglang": "SGLang", "llamacpp": "llama.cpp", "moezip": "moezip",
 }  # fmt: skip
@@ -154,7 +154,15 @@ def _coded(reader: str, source: Source) -> Reading:
     return Reading(reader, "yes", "", SERVE[reader])
 
 
-_TABLE = {"stock": _stock, "moezip": _own, "mone": _mone, "compressed-tensors": _coded, "gptq": _coded}
+def _file(reader: str, source: Source) -> Reading:
+    if reader == "llamacpp":
+        return Reading(reader, "yes", "", f"llama-cli -m {PLACE}")
+    return Reading(reader, "no", "a GGUF file is llama.cpp's")
+
+
+_TABLE = {
+    "stock": _stock, "moezip": _own, "mone": _mone, "compressed-tensors": _coded, "gptq": _coded, "gguf": _file,
+}  # fmt: skip
 
 
 def card_lines(found: Sequence[Reading]) -> list[str]:
