@@ -73,7 +73,7 @@ def test_a_card_says_what_was_done_and_under_which_licence(cli: Cli, source: Pat
         "tags": ["chat", "mixture-of-experts", "moezip", "pruned"],
     }  # fmt: skip
     for said in ("`router-norm`", "4 of 8 routed experts", "| experts per layer | 8 | 4 |", "`mit` (see `LICENSE`)",
-                 "Not predicted", "Not measured yet", "vllm serve", "convert_hf_to_gguf.py",
+                 "Not predicted", "Not measured yet", "vllm serve", "model.gguf --to gguf",
                  "What the source says of itself."):  # fmt: skip
         assert said in body, said
 
@@ -143,7 +143,7 @@ def test_forms_say_who_reads_them(cli: Cli, tiny: Tiny, tmp_path: Path) -> None:
     assert front_matter(card)[0]["base_model_relation"] == "quantized"
     assert cli("export", packed, codes, "--to", "compressed-tensors").code == 0
     card = (codes / "README.md").read_text()
-    assert "vllm serve" in card and "--to safetensors" in card and "no moezip needed" not in card
+    assert "vllm serve" in card and "model.gguf --to gguf" in card and "no moezip needed" not in card
 
 
 def test_front_matter() -> None:

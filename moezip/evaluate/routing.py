@@ -142,7 +142,8 @@ def _plan_of(source: Source) -> Plan | None:
     """The plan that a checkpoint was written by, or that a view reads its source through."""
     if not isinstance(source, Checkpoint):
         found: Plan | None = getattr(source, "plan", None)
-        return found
+        base: Source | None = getattr(source, "base", None)  # what codes or another config are laid over
+        return _plan_of(base) if found is None and base is not None else found
     file = source.folder / PLAN
     return Plan.load(file) if file.is_file() else None
 

@@ -47,6 +47,10 @@ class Remade:
         self._kept = set(self._names)
 
     @property
+    def base(self) -> Source:
+        return self._base
+
+    @property
     def folder(self) -> Path:
         return self._base.folder
 
