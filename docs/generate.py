@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import inspect
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -81,8 +80,7 @@ def explained(entries: Sequence[Method]) -> Callable[[], str]:
     def made() -> str:
         found = []
         for method in sorted(entries, key=lambda entry: entry.name):
-            text = inspect.getdoc(inspect.getmodule(method.run)) or method.summary
-            found.append(f"### {method.name}\n\n```text\n{text}\n```\n\n")
+            found.append(f"### {method.name}\n\n```text\n{method.explanation}\n```\n\n")
         return "".join(found)
 
     return made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -75,6 +76,14 @@ class Method:
     def reads_text(self) -> bool:
         """Whether it needs calibration."""
         return bool(self.needs) or self.records is not None or self.schedule == "layerwise"
+
+    @property
+    def explanation(self) -> str:
+        """What ``moezip methods NAME`` says of it: the docstring of the module that it is in.
+
+        ``run`` may be another method's (``mc-smoe`` groups as ``m-smoe`` does); ``solve`` is its own.
+        """
+        return inspect.getdoc(inspect.getmodule(self.solve or self.run)) or self.summary
 
     def reads(self, params: Any) -> tuple[str, ...]:
         """Names of all recorded statistics that ``run`` and ``choose`` read with these settings."""

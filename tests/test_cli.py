@@ -138,6 +138,7 @@ def test_the_tables_of_methods_and_architectures(cli: Cli) -> None:
     assert len(cli("architectures", "--json").json) >= 15
     assert cli("methods").code == cli("architectures").code == 0
     assert "2504.06792" in cli("methods", "easy-ep").out
+    assert "thin factors" in cli("methods", "mc-smoe").out  # not what it takes over from m-smoe
     assert cli("methods", "easy-ep", "--json").json["settings"]["guard"] is True
 
 

@@ -92,12 +92,10 @@ def method_facts(method: Method) -> dict[str, Any]:
 def explain(method: Method, as_json: bool) -> None:
     import inspect as source
 
-    module = source.getmodule(method.run)
-    text = source.getdoc(module) or method.summary
     if as_json:
-        console.data({**method_facts(method), "text": text})
+        console.data({**method_facts(method), "text": method.explanation})
         return
-    console.out.print(text, markup=False)
+    console.out.print(method.explanation, markup=False)
     console.out.print("")
     settings = method_facts(method)["settings"]
     console.pairs("settings (--set KEY=VALUE)", settings)
