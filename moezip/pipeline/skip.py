@@ -314,7 +314,7 @@ RULES: dict[str, Method] = {
         (), by_thresholds, NaeeParams,
     ),
     "odp": Method(
-        "odp", "profile", "the same, but the tokens that matter most keep all", "arXiv 2410.06270",
+        "odp", "profile", "as naee, but the tokens that matter most keep all", "arXiv 2410.06270",
         (), by_thresholds, OdpParams,
     ),
     "otp": Method(

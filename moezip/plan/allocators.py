@@ -32,3 +32,10 @@ SUMMARIES = {
     "outlier": "more bits for matrices with outliers (QuantMoE-Bench)",
     "block": "more bits for layers that turn the hidden state most (QuantMoE-Bench)",
 }
+PAPERS = {
+    "uniform": "baseline",
+    "lp": "integer program over second-order prices (Fisher), no paper",
+    "pmq": "MC-MoE, arXiv 2410.06270; MC#, arXiv 2510.10962",
+    "outlier": "QuantMoE-Bench, arXiv 2406.08155",
+    "block": "QuantMoE-Bench, arXiv 2406.08155",
+}
