@@ -18,6 +18,11 @@ from typer.main import get_command
 from moezip.arch.spec import Architecture, LayerFacts
 from moezip.calibrate.record import RECORDS
 from moezip.cli import app
+from moezip.merge import METHODS as MERGING
+from moezip.pipeline.skip import RULES
+from moezip.plan.allocators import ALLOCATORS
+from moezip.prune import METHODS, PROFILES
+from moezip.quantize import METHODS as SOLVERS
 from moezip.registry import Method
 
 ROOT = Path(__file__).parents[1]
@@ -43,15 +48,58 @@ def test_the_documents_are_fresh():
 def test_stale_documents_are_noticed(tmp_path: Path):
     shutil.copytree(ROOT / "docs", tmp_path / "docs", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "README.md").write_text(README.replace("`easy-ep` |", "`easy-pe` |"))
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    (tmp_path / "mkdocs.yml").write_text(site.replace("- reap: methods/prune/reap.md", "- raep: methods/prune/reap.md"))
+    page = tmp_path / "docs" / "methods" / "merge" / "dern.md"
+    page.unlink()
     cli = tmp_path / "docs" / "cli.md"
     cli.write_text(cli.read_text(encoding="utf-8").replace("--ratio", "--ration"))
     script = str(tmp_path / "docs" / "generate.py")
     stale = run(script, "--check")
     assert stale.returncode == 1
-    assert [line.split(" ")[0] for line in stale.stderr.splitlines()] == ["README.md", "docs/cli.md"]
+    assert [line.split(";")[0] for line in stale.stderr.splitlines()] == [
+        "README.md is stale", "docs/methods/merge/dern.md is missing", "mkdocs.yml is stale", "docs/cli.md is stale",
+    ]  # fmt: skip
+    assert not page.exists()
     assert run(script).returncode == 0
+    assert sections(page.read_text(encoding="utf-8")).keys() == {*HEADINGS, "Settings"}
+    assert run(script, "--check").returncode == 0
+    assert (tmp_path / "mkdocs.yml").read_text() == site
     assert (tmp_path / "README.md").read_text() == README
     assert cli.read_text() == (ROOT / "docs" / "cli.md").read_text()
+
+
+HEADINGS = ("Idea", "Formula", "When it fails", "Measured on the reference model")
+BY_KIND = {
+    "prune": [method.name for method in (*METHODS, *PROFILES)],
+    "merge": [method.name for method in MERGING],
+    "quantize": [*(method.name for method in SOLVERS), *ALLOCATORS],
+    "skip": list(RULES),
+}
+
+
+def sections(page: str) -> dict[str, str]:
+    """What stands under each heading of the second level."""
+    _, *rest = re.split(r"^## (.+)$", page, flags=re.MULTILINE)
+    return {heading: text.strip() for heading, text in zip(rest[::2], rest[1::2], strict=True)}
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in BY_KIND.items() for name in names])
+def test_every_method_has_a_page(kind: str, name: str):
+    path = f"methods/{kind}/{name}.md"
+    found = sections((ROOT / "docs" / path).read_text(encoding="utf-8"))
+    assert [heading for heading in found if heading != "Settings"] == list(HEADINGS)
+    assert all(found[heading] for heading in HEADINGS)
+    measured = found[HEADINGS[-1]]  # a figure comes with the command that gives it
+    assert measured.startswith("Not measured on the reference model.") or "python benchmarks/" in measured
+    assert f" {name}: {path}\n" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert f"({kind}/{name}.md)" in (ROOT / "docs" / "methods" / f"{kind}.md").read_text(encoding="utf-8")
+
+
+def test_every_page_of_a_method_is_of_one():
+    folder = ROOT / "docs" / "methods"
+    pages = {(path.parent.name, path.stem) for path in folder.glob("*/*.md")}
+    assert pages == {(kind, name) for kind, names in BY_KIND.items() for name in names}
 
 
 def commands() -> list[tuple[str, str]]:
