@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 from moezip import __version__
 from moezip.arch.decoded import decoded
 from moezip.arch.layout import require_uniform
-from moezip.errors import MoezipError, UsageError
+from moezip.errors import UsageError
 from moezip.export.readers import check_reader
 from moezip.pipeline.calibrate import forget, require_files, resumable, run_calibration, work_folder
 from moezip.pipeline.common import Clock, Common, Opened, opened, refuse_file, refuse_output
 from moezip.pipeline.neurons import require_raggable
 from moezip.pipeline.onward import OBSERVED, joined, seen_through
 from moezip.pipeline.prune import Outcome, own_names, save_plan, write_plan
+from moezip.pipeline.work_files import WorkFiles
 from moezip.plan.factored import factors_in
 from moezip.plan.merged import VALUES, digest_of
 from moezip.plan.packed import LayerFiles
@@ -33,9 +32,7 @@ if TYPE_CHECKING:
     from moezip.calibrate.statistics import Array, Statistics
     from moezip.merge.layer import Group, Merge
 
-STATE = "merge.json"
 FOLDER = "merge"  # of the solved layers, in the work folder
-FACTS = "moezip"  # key of a layer file's metadata
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,28 +215,10 @@ def require_groups_of(fact: LayerFacts, groups: Sequence[Group], count: int, rem
         require_groups(fact, [group[0] for group in groups])
 
 
-class Solved:
-    """Merged layers in a work folder, one file each, and the digest of the job that they belong to."""
+class Solved(WorkFiles):
+    """Merged layers in a work folder, one file each."""
 
-    def __init__(self, folder: Path, job: str):
-        self.folder, self.job = folder, job
-
-    def begin(self, resume: bool) -> None:
-        """Makes the folder ready; keeps what is there only to go on from it. Raises MoezipError on another job's."""
-        state = self.folder / STATE
-        if resume and state.is_file():
-            if json.loads(state.read_text()).get("job") != self.job:
-                raise MoezipError(
-                    "the work folder holds interrupted work on another checkpoint, other data or other settings",
-                    where=self.folder,
-                    next="repeat the interrupted command unchanged, or start afresh without --resume",
-                )
-            return
-        self.clear()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = state.with_suffix(".part")
-        temporary.write_text(json.dumps({"job": self.job}))
-        temporary.replace(state)
+    STATE = "merge.json"
 
     def file(self, layer: int) -> Path:
         return self.folder / f"layer-{layer:04}.safetensors"
@@ -247,30 +226,13 @@ class Solved:
     def save(self, layer: int, found: Merge) -> None:
         """All of a layer or nothing."""
         import torch
-        from safetensors.torch import save_file
 
         facts = {"picks": [pick_json(pick) for pick in found.picks], "router": found.router, "nats": found.nats,
                  "notes": list(found.notes), "values": list(found.values)}  # fmt: skip
-        temporary = self.folder / f"layer-{layer:04}.part"
-        save_file({**found.values, f"done.{layer}": torch.zeros(1)}, temporary, {FACTS: json.dumps(facts)})
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(self.file(layer))
+        self.write(self.file(layer), {**found.values, f"done.{layer}": torch.zeros(1)}, facts)
 
     def facts(self, layer: int) -> dict[str, Any]:
-        from safetensors import safe_open
-
-        with safe_open(self.file(layer), "pt") as file:
-            found: dict[str, Any] = json.loads(file.metadata()[FACTS])
-        return found
-
-    def clear(self) -> None:
-        if not self.folder.is_dir():
-            return
-        for file in (*self.folder.glob("*.safetensors"), *self.folder.glob("*.part"), self.folder / STATE):
-            file.unlink(missing_ok=True)
-        if not any(self.folder.iterdir()):
-            self.folder.rmdir()
+        return self.facts_of(self.file(layer))
 
 
 def solve_layers(

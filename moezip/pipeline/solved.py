@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moezip.arch.packing import WEIGHT, stem
-from moezip.errors import MoezipError
 from moezip.formats.packed import Grid, encode
+from moezip.pipeline.work_files import WorkFiles
 from moezip.quantize.solution import Solution
 
 if TYPE_CHECKING:
     import torch
 
-STATE = "quantize.json"
-FACTS = "moezip"  # key of a layer file's metadata
 
 
 @dataclass(slots=True)
@@ -47,45 +43,17 @@ class LayerReport:
         self.grids[found.name] = found.grid
 
 
-class Solved:
-    """Layer files in a work folder, and the digest of the job that they belong to."""
+class Solved(WorkFiles):
+    """Codes in a work folder, one file per layer."""
 
-    def __init__(self, folder: Path, job: str):
-        self.folder, self.job = folder, job
-
-    def begin(self, resume: bool) -> None:
-        """Makes the folder ready; keeps what is there only to go on from it.
-
-        Raises:
-            MoezipError: asked to go on, and what is there is of another job.
-        """
-        state = self.folder / STATE
-        if resume and state.is_file():
-            if json.loads(state.read_text()).get("job") != self.job:
-                raise MoezipError(
-                    "the work folder holds interrupted work on another checkpoint, other data or other settings",
-                    where=self.folder,
-                    next="repeat the interrupted command unchanged, or start afresh without --resume",
-                )
-            return
-        self.clear()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = state.with_suffix(".part")
-        temporary.write_text(json.dumps({"job": self.job}))
-        temporary.replace(state)
+    STATE = "quantize.json"
 
     def file(self, step: str) -> Path:
         return self.folder / f"{step}.safetensors"
 
     def save(self, step: str, tensors: Mapping[str, torch.Tensor], report: LayerReport) -> None:
         """All of a step's codes or none."""
-        from safetensors.torch import save_file
-
-        temporary = self.folder / f"{step}.part"
-        save_file(dict(tensors), temporary, {FACTS: json.dumps(asdict(report))})
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(self.file(step))
+        self.write(self.file(step), tensors, asdict(report))
 
     def load(self, step: str) -> dict[str, torch.Tensor]:
         from safetensors.torch import load_file
@@ -93,19 +61,7 @@ class Solved:
         return dict(load_file(self.file(step)))
 
     def report(self, step: str) -> LayerReport:
-        from safetensors import safe_open
-
-        with safe_open(self.file(step), "pt") as opened:
-            return LayerReport(**json.loads(opened.metadata()[FACTS]))
-
-    def clear(self) -> None:
-        """Removes what is there, and the folder if nothing else is in it."""
-        if not self.folder.is_dir():
-            return
-        for file in (*self.folder.glob("*.safetensors"), *self.folder.glob("*.part"), self.folder / STATE):
-            file.unlink(missing_ok=True)
-        if not any(self.folder.iterdir()):
-            self.folder.rmdir()
+        return LayerReport(**self.facts_of(self.file(step)))
 
 
 def job_digest(*parts: object) -> str:
