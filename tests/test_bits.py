@@ -376,7 +376,33 @@ def test_an_expert_that_must_stay_stays() -> None:
         assert found.dropped and gone[0] not in found.dropped.get(layer, ())
 
 
-def test_layers_that_share_a_width_drop_as_the_best_of_all_choices_does() -> None:
+def test_what_goes_with_an_expert_makes_room_by_hand() -> None:
+    """Three experts of n2 or n4 bytes (2 and 4 bits); the first may go for nothing, the others cost 50 then.
+
+    The budget is one byte short of n2 + n4: two stay at 2 bits. With 1 byte that goes with an expert there is room for
+    the 4 bits of the dearer one, and bytes of matrices may be the budget and that 1.
+    """
+    two, four = Grid(2, 32), Grid(4, 32)
+    prices = ((3.0, 0.0), (5.0, 0.0), (9.0, 0.0))
+    matrices = [
+        Matrix(f"0.{expert}.up", "up", (WIDTH, HIDDEN), 0, expert, dict(zip((two, four), own)), 2 * HIDDEN * WIDTH)
+        for expert, own in enumerate(prices)
+    ]
+    facts, drops = model_facts(1, experts=3), {0: np.array([0.0, 50.0, 50.0])}
+    small, large = (matrices[0].nbytes(grid) for grid in (two, four))
+    budget = small + large - 1
+    for granularity in ("role", "expert"):
+        short = allocate(matrices, budget, facts=facts, drops=drops, granularity=granularity)  # type: ignore[arg-type]
+        assert (short.dropped, short.bytes, short.nats) == ({0: (0,)}, 2 * small, 14.0)
+        found = allocate(matrices, budget, facts=facts, drops=drops, freed={0: 1}, granularity=granularity)  # type: ignore[arg-type]
+        assert (found.dropped, found.bytes, found.nats) == ({0: (0,)}, small + large, 5.0)
+        assert found.budget == budget + 1
+        stays = allocate(matrices, 3 * small, facts=facts, freed={0: 1000}, granularity=granularity)  # type: ignore[arg-type]
+        assert stays.bytes == stays.budget == 3 * small and not stays.dropped  # nothing goes, nothing is freed
+
+
+@pytest.mark.parametrize("freed", [{}, {0: 900, 1: 300}], ids=["nothing freed", "router rows freed"])
+def test_layers_that_share_a_width_drop_as_the_best_of_all_choices_does(freed: dict[int, int]) -> None:
     """Every width and number of experts for each of two layers, those that go by (price of the drop - price kept)."""
     matrices, drops = model(10, experts=5, forms=GRIDS[:4]), model_drops(10, experts=5)
     facts = model_facts(experts=5)
@@ -386,17 +412,20 @@ def test_layers_that_share_a_width_drop_as_the_best_of_all_choices_does() -> Non
             for stay in itertools.combinations(range(5), kept):
                 inside = [m for m in matrices if m.layer == layer and m.expert in stay]
                 lost = sum(drops[layer][e] for e in range(5) if e not in stay)
-                yield kept, sum(m.nbytes(grid) for m in inside), lost + sum(m.nats[grid] for m in inside), grid.bits
+                taken = sum(m.nbytes(grid) for m in inside) - freed.get(layer, 0) * (5 - kept)
+                yield kept, taken, lost + sum(m.nats[grid] for m in inside), grid.bits
 
     both = list(itertools.product(options(0), options(1)))
     for bits in (2.2, 2.7):
         budget = budget_of(matrices, bits)
-        found = allocate(matrices, budget, facts=facts, drops=drops, granularity="layer", gap=0.0)
+        found = allocate(matrices, budget, facts=facts, drops=drops, freed=freed, granularity="layer", gap=0.0)
         best = min(a[2] + b[2] for a, b in both if a[1] + b[1] <= budget)
         assert found.nats == pytest.approx(best, abs=SOLVED)
     for bits in (2.5, 2.7, 2.9, 3.1):  # wide enough for a reader without 1 bit, and with equal numbers
         budget = budget_of(matrices, bits)
-        found = allocate(matrices, budget, facts=facts, drops=drops, granularity="layer", reader="vllm", gap=0.0)
+        found = allocate(
+            matrices, budget, facts=facts, drops=drops, freed=freed, granularity="layer", reader="vllm", gap=0.0
+        )
         even = [(a, b) for a, b in both if a[1] + b[1] <= budget and a[0] == b[0] and min(a[3], b[3]) > 1]
         assert found.nats == pytest.approx(min(a[2] + b[2] for a, b in even), abs=SOLVED)
         assert found.proven and found.bound is not None and found.bound <= found.nats + ROUNDING
@@ -481,9 +510,7 @@ def test_pmq_costs_by_hand() -> None:
     code = [[2 / 3, 1 / 3, 1 / 6], [1, 1 / 2, 1 / 4]]
     np.testing.assert_allclose(costs(*inputs, PmqParams()), paper, rtol=ROUNDING)
     np.testing.assert_allclose(costs(*inputs, PmqParams("code")), code, rtol=ROUNDING)
-    assert PmqParams().told == (
-        "exponents 1, 1, 2 of access, gate weight and loss (paper 1, 1, 2; code 1, 1.5, 1)"
-    )
+    assert PmqParams().told == ("exponents 1, 1, 2 of access, gate weight and loss (paper 1, 1, 2; code 1, 1.5, 1)")
     own = PmqParams("code", alpha=0.0, gamma=2.0)
     assert own.powers == (0.0, 1.5, 2.0)
     np.testing.assert_allclose(costs(*inputs, own)[1], [1 / 4, 1 / 16, 1 / 64], rtol=ROUNDING)

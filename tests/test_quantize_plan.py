@@ -14,7 +14,9 @@ from moezip.arch.spec import LayerFacts
 from moezip.formats.packed import Grid
 from moezip.pipeline.flat import flat_costs, flat_drops, flat_prices, flat_scores
 from moezip.pipeline.items import Item
+from moezip.plan.bits import allocate
 from moezip.plan.plan import Plan
+from moezip.plan.widths import Allocation
 from tests.command import Cli, model_files, tree, write_text
 
 Tiny = Callable[..., Path]
@@ -92,6 +94,26 @@ def test_the_size_of_a_dry_run_is_about_that_of_the_run(asked: Any, cli: Cli, tm
     limit = 0.4 * done["bytes_before"]
     # the wanted optimum lies within 5 % of made-up prices; how full the budget gets is a step of one matrix
     assert 0.95 * limit < told["bytes_after"] <= limit and 0.95 * limit < done["bytes_after"] <= limit
+
+
+@pytest.mark.parametrize("granularity", ["role", "layer"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe"])
+def test_rows_that_go_with_experts_are_counted_by_size_to_the_byte(
+    family: str, granularity: str, tiny: Tiny, text: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the choice leaves of its budget is what the file leaves of ``--size``: rows, biases and all."""
+    found: list[Allocation] = []
+    monkeypatch.setattr("moezip.pipeline.widths.allocate", lambda *a, **k: found.append(allocate(*a, **k)) or found[-1])
+    monkeypatch.setattr(  # so that any are dropped: what they are stored in is cheaper than what comes with them
+        "moezip.pipeline.widths.flat_drops",
+        lambda items, facts: {fact.layer: np.full(fact.experts, 1e-9) for fact in facts},
+    )
+    budget = ("--allocate", "lp", "--granularity", granularity, "--size", "30%", "--group-size", 0)
+    source = tiny(family, dtype="bfloat16")
+    told = cli("quantize", source, tmp_path / "out", *budget, "--data", text, "--dry-run", "--json")
+    assert told.code == 0, told.err
+    assert found[-1].dropped
+    assert int(0.30 * told.json["bytes_before"]) - told.json["bytes_after"] == found[-1].budget - found[-1].bytes >= 0
 
 
 @pytest.mark.parametrize(

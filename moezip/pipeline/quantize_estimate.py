@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from moezip.arch.families import identify
 from moezip.export.stock import tensor_bytes
 from moezip.pipeline.common import Common
 from moezip.pipeline.estimate import DISK_BYTES_PER_SECOND, matmul_rate
@@ -70,8 +71,9 @@ def estimate_quantize(checkpoint: str, job: QuantizeJob, common: Common) -> Quan
     if needs_prices(prepared.wanted):
         flops += PRICING_PASSES * tokens * 2 * seen.active_parameters
     share = {fact.layer: fact.top_k / fact.experts for fact in model.facts}
+    entry = identify(split.config, split.folder)  # fused experts have names of their own here
     for name, (rows, columns) in shapes.items():
-        claim = model.architecture.claim(name, model.source.config)
+        claim = entry.claim(name, split.config)
         reached = tokens * (share.get(claim.layer, 1.0) if claim.kind == "expert" and claim.layer is not None else 1.0)
         if prepared.layerwise:
             flops += SOLVER_SLOWDOWN * (2 * reached * columns**2 + columns**3 + 6 * rows * columns**2)

@@ -28,6 +28,7 @@ def allocate(
     *,
     facts: Sequence[LayerFacts] = (),
     drops: Mapping[int, Array] | None = None,
+    freed: Mapping[int, int] | None = None,
     granularity: Granularity = "role",
     reader: str | None = None,
     solver: program.Solver = "cbc",
@@ -42,6 +43,8 @@ def allocate(
         budget: bytes of all ``matrices`` together.
         facts: of the layers that may drop experts.
         drops: per layer, [E] nats if the expert goes; infinite for one that must stay. None: nothing is dropped.
+        freed: per layer, bytes beside the matrices that an expert takes along if it goes, as its row of the router;
+            the matrices may then take so many more. Of layers that are not named: none.
         granularity: what shares a width; matrices that are no experts' share by kind within a layer at ``layer``,
             over the model at ``model``. With ``model`` every layer keeps the same number of experts.
         reader: who must be able to read the result, see ``READERS``; without, it is moezip.
@@ -57,15 +60,20 @@ def allocate(
     if not matrices:
         raise PlanError("there is no matrix to give bits to", next="check that the groups divide the experts' sizes")
     matrices = [_limited(matrix, allowed, reader) for matrix in matrices]
-    call = _Call(tuple(matrices), budget, solver, gap)
     layers = [fact for fact in facts if drops is not None and fact.layer in drops]
+    beside = {fact.layer: (freed or {}).get(fact.layer, 0) for fact in layers}
+    call = _Call(
+        tuple(matrices), budget, beside, sum(fact.experts * beside[fact.layer] for fact in layers), solver, gap
+    )
     if drops is None or not layers or granularity in ("role", "expert"):
         decisions = [_shared(members) for members in _sharing(matrices, granularity).values()]
         return call.solved(decisions, layers, drops)
     inside = {fact.layer for fact in layers}
     rest = [matrix for matrix in matrices if matrix.expert is None or matrix.layer not in inside]
     decisions = [_shared(members) for members in _sharing(rest, granularity).values()]
-    counted = [_counted(fact, drops[fact.layer], _experts_of(matrices, fact.layer)) for fact in layers]
+    counted = [
+        _counted(fact, drops[fact.layer], _experts_of(matrices, fact.layer), beside[fact.layer]) for fact in layers
+    ]
     if granularity == "model":
         return call.solved([*decisions, _joined(counted)])
     if allowed.counts_differ:
@@ -107,10 +115,18 @@ class _Decision:
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """What every program of one call of ``allocate`` has in common."""
+    """What every program of one call of ``allocate`` has in common.
+
+    Attributes:
+        budget: bytes of the matrices if every expert stays.
+        beside: by layer that may drop experts, the bytes beside its matrices that each takes along. all_beside: of
+            all those experts. The programs count them with the matrices.
+    """
 
     matrices: tuple[Matrix, ...]
     budget: int
+    beside: Mapping[int, int]
+    all_beside: int
     solver: program.Solver
     gap: float
 
@@ -121,14 +137,20 @@ class _Call:
         drops: Mapping[int, Array] | None = None,
     ) -> Allocation:
         """The cheapest options. ``layers``: whose experts may go, one by one, for the price in ``drops``."""
-        units = tuple(
-            Unit(tuple(option.bytes for option in each.options), tuple(option.nats for option in each.options))
-            for each in decisions
-        )
         places: dict[tuple[int | None, int | None], list[int]] = {}
         for place, each in enumerate(decisions):
             if each.members[0].expert is not None:
                 places.setdefault((each.members[0].layer, each.members[0].expert), []).append(place)
+        first = {
+            own[0]: self.beside.get(layer, 0) for (layer, _), own in places.items() if layers and layer is not None
+        }
+        units = tuple(
+            Unit(
+                tuple(option.bytes + first.get(place, 0) for option in each.options),
+                tuple(option.nats for option in each.options),
+            )
+            for place, each in enumerate(decisions)
+        )
         bundles: list[Bundle] = []
         rules = []
         for fact in layers:
@@ -140,12 +162,13 @@ class _Call:
             ]
             cuts = range(start, start + fact.experts, size)
             rules.append(Rule(tuple(tuple(range(cut, cut + size)) for cut in cuts), least_of_group(fact)))
-        problem = Problem(units, self.budget, tuple(bundles), tuple(rules))
+        problem = Problem(units, self.budget + self.all_beside, tuple(bundles), tuple(rules))
         weights = sum(matrix.weights for matrix in self.matrices)
         try:
             solution = program.solve(problem, self.solver, self.gap)
         except BudgetError as fault:
-            raise BudgetError(fault.budget, fault.least, fault.most, weights) from None
+            whole = self.all_beside
+            raise BudgetError(fault.budget - whole, fault.least - whole, fault.most - whole, weights) from None
         forms: dict[str, Form] = {}
         gone: set[tuple[int, int]] = set()
         for each, chosen in zip(decisions, solution.options, strict=True):
@@ -159,9 +182,10 @@ class _Call:
         dropped: dict[int, tuple[int, ...]] = {}
         for layer, expert in sorted(gone):
             dropped[layer] = (*dropped.get(layer, ()), expert)
+        more = sum(self.beside[layer] * len(experts) for layer, experts in dropped.items())
         return Allocation(
             {matrix.name: forms[matrix.name] for matrix in self.matrices if matrix.name in forms},
-            solution.bytes, self.budget, weights, solution.answered, dropped,
+            solution.bytes - self.all_beside + more, self.budget + more, weights, solution.answered, dropped,
             solution.nats, solution.bound, solution.remark, solution.proven,
         )  # fmt: skip
 
@@ -270,12 +294,15 @@ def _experts_of(matrices: Sequence[Matrix], layer: int) -> list[Matrix]:
     return [matrix for matrix in matrices if matrix.layer == layer and matrix.expert is not None]
 
 
-def _counted(fact: LayerFacts, drop: Array, members: Sequence[Matrix]) -> _Decision:
-    """One form for the layer's experts, and how many stay: those whose loss in that form is dearest to replace."""
+def _counted(fact: LayerFacts, drop: Array, members: Sequence[Matrix], beside: int) -> _Decision:
+    """One form for the layer's experts, and how many stay: those whose loss in that form is dearest to replace.
+
+    ``beside``: bytes of an expert that stays, beside its matrices.
+    """
     size = fact.experts // fact.groups
     options: list[_Option] = []
     for form in _common_forms(members):
-        nats, stored = np.zeros(fact.experts), np.zeros(fact.experts, np.int64)
+        nats, stored = np.zeros(fact.experts), np.full(fact.experts, beside, np.int64)
         for member in members:
             nats[place_of(member)[1]] += member.nats[form]
             stored[place_of(member)[1]] += member.nbytes(form)
