@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from moezip import __version__, console
+from moezip.calibrate.memory import steady
 from moezip.cli import batch, compress, look, measure, report, tasks, write
 from moezip.console import logs
 from moezip.errors import MoezipError
@@ -86,6 +87,7 @@ _Wrong: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ 
 def main() -> None:
     """The ``moezip`` command. Exit codes: 0 done, 1 our error, 2 usage, 130 interrupted."""
     debug = "--debug" in sys.argv
+    steady()  # before any library starts threads
     try:
         logs.show(debug)
         code = app(prog_name="moezip", standalone_mode=False)
