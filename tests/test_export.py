@@ -184,6 +184,7 @@ def one_wider(items: list[Item]) -> dict[str, Grid]:
         ("gpt_oss", four(), everything, "compressed-tensors", None, "in one tensor", "moezip's own"),
         ("granitemoe", experts_only, everything, "gptq", None, "in one tensor", "moezip's own"),
         ("qwen3_moe", four(symmetric=False), everything, "gptq", "vllm", "without zeros", "safetensors"),
+        ("qwen3_moe", four(), everything, "gptq", "transformers", "random numbers", "safetensors"),
         ("qwen3_moe", four(bits=3), everything, "compressed-tensors", "sglang", "4 and 8 bits", "safetensors"),
         ("qwen3_moe", four(), everything, "compressed-tensors", "transformers", "scales stored as", "safetensors"),
         ("qwen3_moe", four(), everything, "compressed-tensors", "llamacpp", "reads GGUF", "safetensors"),
@@ -227,6 +228,8 @@ def test_the_command_writes_verified_folders(cli: Any, tiny: Tiny, tmp_path: Pat
     assert cli("verify", out).code == 0
     assert json.loads((out / "moezip" / "report.json").read_text())["method"] == "export to compressed-tensors"
     assert (out / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    codes = cli("export", folder, tmp_path / "codes", "--to", "gptq")
+    assert codes.code == 0 and "do not load it with transformers" in " ".join(codes.err.split())
     again = cli("export", folder, out, "--to", "safetensors")
     assert again.code == 1 and "--overwrite" in again.err
     done = cli("export", folder, out, "--to", "safetensors", "--overwrite", "--json")

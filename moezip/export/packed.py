@@ -145,8 +145,19 @@ def unread(reader: str, codes: Codes, view: Source) -> str | None:
     return None
 
 
+# It keeps a layer's experts in one tensor each of gate with up and down, for which its GPTQ loader has no code.
+GPTQ_IN_TRANSFORMERS = (
+    "transformers finds no codes for the experts, fills them with random numbers and says so in a warning only"
+)
+
+
 def unread_gptq(reader: str, symmetric: bool) -> str | None:
-    """Why ``reader`` does not read codes in GPTQ's layout; None where it does."""
+    """Why ``reader`` does not read codes in GPTQ's layout; None where it does.
+
+    Of transformers from running 5.23 with GPTQModel 7.7.
+    """
+    if reader == "transformers":
+        return GPTQ_IN_TRANSFORMERS
     if reader in ("vllm", "sglang") and not symmetric:
         return "vLLM and SGLang read GPTQ without zeros only"
     return None

@@ -140,8 +140,7 @@ def _coded(reader: str, source: Source) -> Reading:
     if reader == "llamacpp":
         return _llamacpp(source)
     told = source.config["quantization_config"]
-    gptq = told["quant_method"] == METHOD
-    if gptq:
+    if told["quant_method"] == METHOD:
         symmetric = all(each.get("sym", True) for each in (told, *told.get("dynamic", {}).values()))
         why = unread_gptq(reader, symmetric)
     else:
@@ -149,8 +148,7 @@ def _coded(reader: str, source: Source) -> Reading:
     if why is not None:
         return Reading(reader, "no", why)
     if reader == "transformers":
-        package = "the package gptqmodel, which has not been tried" if gptq else "the package compressed-tensors"
-        return Reading(reader, "yes", f"with {package}", PRETRAINED)
+        return Reading(reader, "yes", "with the package compressed-tensors", PRETRAINED)
     return Reading(reader, "yes", "", SERVE[reader])
 
 

@@ -13,7 +13,7 @@ from moezip.checkpoint.source import Source
 from moezip.errors import PlanError, UsageError
 from moezip.export.dense import dense
 from moezip.export.formats import COMPRESSED, FORMATS, GGUF, GPTQ, SAFETENSORS
-from moezip.export.packed import as_compressed_tensors, as_gptq, codes_of, misread, unread
+from moezip.export.packed import GPTQ_IN_TRANSFORMERS, as_compressed_tensors, as_gptq, codes_of, misread, unread
 from moezip.export.readers import READERS
 from moezip.export.remade import stock_config
 from moezip.export.stock import PLAN, tensor_bytes, write_checkpoint
@@ -59,7 +59,8 @@ def export_of(source: Source, to: str, reader: str | None = None) -> Export:
             next="use --to safetensors, which every reader reads, or quantize with other settings",
         )  # fmt: skip
     if to == GPTQ:
-        return Export(view, "gptq")
+        told = f"do not load it with transformers: {GPTQ_IN_TRANSFORMERS}. GPTQModel reads it, and so does "
+        return Export(view, "gptq", (f"{told}moezip.load",))
     wrong = misread(codes, view)
     if wrong is None:
         return Export(view, "compressed-tensors")
