@@ -52,7 +52,10 @@ REMARKS = """What is behind some cells:
 - transformers 5.23 reads GGUF files of this family only where experts are 768 wide, as in Qwen3-30B-A3B: it does not
   read their width from the file, and stops. The demo's are 64 wide; 5.19 and 5.20 read them.
 - transformers reads GPTQ checkpoints where optimum and GPTQModel are installed: that is the column
-  `transformers+gptqmodel`. GPTQModel is given GPTQ only, llama.cpp GGUF only."""
+  `transformers+gptqmodel`. It finds no codes for experts, which it keeps in other tensors, fills them with random
+  numbers and only warns.
+- GPTQModel fills in what it finds no plain tensors for, and only warns: moezip's own packed form is not for it, and
+  there is no `--for` that could refuse it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,11 +315,11 @@ def readers(words: argparse.Namespace) -> Iterator[Reader]:
     parts = (
         ("torch", "transformers", "setuptools", "wheel", "pypcre", *pins),
         ("--no-build-isolation", "--no-deps", "gptqmodel==7.7.0", "optimum"),
-        ("accelerate", "datasets", "defuser", "device-smi", "dill", "logbar", "maturin", "ninja", "protobuf",
-         "requests", "threadpoolctl", "tokenicer", "torchao", *pins),
+        ("accelerate", "compressed-tensors==0.20.0", "datasets", "defuser", "device-smi", "dill", "logbar", "maturin",
+         "ninja", "protobuf", "requests", "threadpoolctl", "tokenicer", "torchao", *pins),
     )  # fmt: skip
     build = {"BUILD_CUDA_EXT": "0"}
-    yield Reader("gptqmodel", None, parts, by_script("gptqmodel"), only=GPTQ, variables=build)
+    yield Reader("gptqmodel", None, parts, by_script("gptqmodel"), variables=build)
     yield Reader("transformers+gptqmodel", "transformers", parts, by_script("transformers"), only=GPTQ,
                  home="gptqmodel", variables=build)  # fmt: skip
     if words.vllm_oracle:
@@ -367,7 +370,8 @@ def verdict(form: str, found: dict[str, Any] | None, own: float, reader: str, ve
     if found is None:
         return "not run"
     if "error" in found:
-        return f"no: {found['error']}"
+        kind, _, told = found["error"].partition(": ")
+        return f"MISREADS ({told})" if kind == "RandomTensorsError" else f"no: {found['error']}"
     if (form, reader) in NEEDS and _numbers(version) < _numbers(NEEDS[form, reader]):
         return f"too old: it is for {NEEDS[form, reader]} and later"
     difference = found["nll"] - own
@@ -448,7 +452,7 @@ def main() -> None:
 def _meant(form: str, reader: str) -> bool:
     """Whether the reader is given such a form: llama.cpp reads files, others folders, transformers both."""
     file = form in {each.name for each in FORMS if not each.folder}
-    if "gptqmodel" in reader:
+    if reader == "transformers+gptqmodel":
         return form in GPTQ
     return reader.startswith("transformers") or file == (reader == "llama.cpp")
 
@@ -473,7 +477,8 @@ def page(
                     notes.append(words_of_it)
                 found = f"no [{notes.index(words_of_it) + 1}]"
             if found.startswith("MISREADS"):
-                refusal = asked.get((form, results[name]["asked"] or ""), "no word for this reader")
+                reader = results[name]["asked"]
+                refusal = "refused: not asked" if reader is None else asked.get((form, reader), "written")
                 if not refusal.startswith(("refused", "written as")):
                     unrefused.append(f"{form} by {name}")
             cells.append(found)
