@@ -244,8 +244,9 @@ class Model:
             UsageError, PlanError, StatisticsError, DataError: what cannot be decided or carried out, and why.
         """
         from moezip.export.readers import planned
+        from moezip.pipeline.apply import write_plan
         from moezip.pipeline.onward import OBSERVED, joined, seen_through
-        from moezip.pipeline.prune import PruneJob, decide_prune, prepare_prune, require_text, write_plan
+        from moezip.pipeline.prune import PruneJob, decide_prune, prepare_prune, require_text
 
         plan, values = self._onward("prune", stats)
         job = PruneJob(
@@ -291,9 +292,9 @@ class Model:
             UsageError, PlanError, StatisticsError, DataError: what cannot be decided or carried out, and why.
         """
         from moezip.export.readers import planned
+        from moezip.pipeline.apply import write_plan
         from moezip.pipeline.merge import MergeJob, decide_merge, prepare_merge, require_text
         from moezip.pipeline.onward import OBSERVED, joined, seen_through
-        from moezip.pipeline.prune import write_plan
         from moezip.plan.packed import LayerFiles
 
         first, _ = self._onward("merge", stats)
@@ -347,7 +348,8 @@ class Model:
         Raises:
             UsageError, PlanError, DataError: what cannot be decided or carried out, and why.
         """
-        from moezip.pipeline.quantize import WORK, QuantizeJob, prepare_quantize, readable, solve_quantize
+        from moezip.pipeline.packed import readable
+        from moezip.pipeline.quantize import WORK, QuantizeJob, prepare_quantize, solve_quantize
 
         if self._step is not None:
             self._require("quantize", "prune", "merge")

@@ -69,7 +69,7 @@ def prune(
     from moezip.pipeline import PruneJob, prune_command
     from moezip.pipeline import dry_run as estimate
     from moezip.pipeline.common import without_downloads
-    from moezip.pipeline.prune import saved_plan
+    from moezip.pipeline.plan_files import saved_plan
 
     texts = domains_of(data, tokens) if data else ()
     with saved_plan(plan) as (first, values), console.watching(quiet) as watch:
@@ -128,7 +128,7 @@ def merge(
     from moezip.pipeline.common import without_downloads
     from moezip.pipeline.merge import MergeJob, merge_command
     from moezip.pipeline.merge_estimate import estimate_merge
-    from moezip.pipeline.prune import saved_plan
+    from moezip.pipeline.plan_files import saved_plan
 
     texts = domains_of(data, tokens) if data else ()
     with saved_plan(plan) as (first, _), console.watching(quiet) as watch:
@@ -205,7 +205,7 @@ def quantize(
     """Stores weights in 1 to 8 bits, layer by layer, each layer making up for what rounding did before it."""
     from moezip.calibrate.data import domains_of
     from moezip.pipeline.common import without_downloads
-    from moezip.pipeline.prune import saved_plan
+    from moezip.pipeline.plan_files import saved_plan
     from moezip.pipeline.quantize import QuantizeJob, quantize_command
     from moezip.pipeline.quantize_estimate import estimate_quantize
 

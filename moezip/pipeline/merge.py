@@ -12,11 +12,13 @@ from moezip.arch.decoded import decoded
 from moezip.arch.layout import require_uniform
 from moezip.errors import UsageError
 from moezip.export.readers import check_reader
+from moezip.pipeline.apply import Outcome, write_plan
 from moezip.pipeline.calibrate import forget, require_files, resumable, run_calibration, work_folder
 from moezip.pipeline.common import Clock, Common, Opened, opened, refuse_file, refuse_output
 from moezip.pipeline.neurons import require_raggable
 from moezip.pipeline.onward import OBSERVED, joined, seen_through
-from moezip.pipeline.prune import Outcome, own_names, save_plan, write_plan
+from moezip.pipeline.plan_files import save_plan
+from moezip.pipeline.prune import own_names
 from moezip.pipeline.work_files import WorkFiles
 from moezip.plan.factored import factors_in
 from moezip.plan.merged import VALUES, digest_of

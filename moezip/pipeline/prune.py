@@ -1,9 +1,8 @@
-"""``moezip prune`` and ``moezip apply``: decide, then cut."""
+"""``moezip prune``: decide, then cut."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,43 +10,29 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moezip import __version__
-from moezip.arch.experts import decoded
 from moezip.arch.layout import require_uniform
 from moezip.arch.spec import LayerFacts
-from moezip.checkpoint.reader import Checkpoint
-from moezip.checkpoint.source import Source
-from moezip.errors import PlanError, StatisticsError, UsageError
-from moezip.export.mone import Substituted
-from moezip.export.readers import VLLM_NOTE, Planned, check_reader, planned
-from moezip.export.stock import tensor_bytes, write_checkpoint
-from moezip.pipeline.calibrate import forget, require_files, resumable, run_calibration, unrouted, work_folder
+from moezip.errors import StatisticsError, UsageError
+from moezip.export.readers import check_reader
+from moezip.pipeline.apply import Outcome, write_plan
+from moezip.pipeline.calibrate import forget, require_files, resumable, run_calibration, work_folder
 from moezip.pipeline.common import Clock, Common, Opened, opened, refuse_file, refuse_output
 from moezip.pipeline.neurons import check_neurons, neuron_layers, require_raggable
 from moezip.pipeline.onward import OBSERVED, joined, seen_through
-from moezip.pipeline.probes import factor_note, probing
-from moezip.plan.apply import Applied
+from moezip.pipeline.plan_files import save_plan
+from moezip.pipeline.probes import probing
 from moezip.plan.compose import require_onward
 from moezip.plan.factors import Factors, factors_of
-from moezip.plan.merged import VALUES, CheckpointValues, digest_of
-from moezip.plan.packed import LayerFiles, Values
+from moezip.plan.merged import VALUES
+from moezip.plan.packed import Values
 from moezip.plan.plan import Plan, require_keepable
 from moezip.plan.price import expert_prices, predicted_nats, priced
-from moezip.plan.recoded import Recoded
 from moezip.registry import Method, lookup, parse_params
-from moezip.report.card import made_by, model_card, span
-from moezip.report.report import Report, peak_rss_bytes
 
 if TYPE_CHECKING:
     from moezip.calibrate.data import DomainText
     from moezip.calibrate.statistics import Array, Statistics
     from moezip.plan.allocate import Choice
-
-NO_PRICE = "there is no price without gradients: use --method nats, or statistics made with --record gradients"
-
-NO_MERGE_PRICE = "merging is priced with gradients and text: --data with --set price=true"
-NO_LONGER_THERE = "experts that are gone have no price here, and what their neurons make up for has none"
-NO_SUM = "one of the two plans behind it has no price"
-RENORMALISED_PRICE = "prices are of gates that the kept experts share anew, which they do not where routers stay whole"
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,14 +281,6 @@ def _protected(prepared: Prepared, stats: Statistics | None) -> dict[int, list[i
     return super_experts(peaks, int(entry.value(config, entry.layers_key)))
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a prune or apply ended with."""
-
-    plan: Plan
-    report: Report | None
-
-
 def prune_command(
     checkpoint: str,
     out: Path,
@@ -375,236 +352,3 @@ def decide_prune(
         plan = make_plan(prepared, job, stats, common)
     unread = job.texts and not prepared.method.reads_text
     return plan, stats, [f"{prepared.method.name} reads no text: --data was not used"] if unread else []
-
-
-def save_plan(plan: Plan, out: Path, values: Values | None = None) -> None:
-    """Whole or not at all; its solved values in the file beside it, before it."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if values is not None and plan.solved:
-        from safetensors.torch import save_file
-
-        part = out.with_name(f".{VALUES}.part")
-        save_file({name: values.read(name) for name in plan.solved}, part)
-        part.replace(out.with_name(VALUES))
-    temporary = out.with_name(f".{out.name}.part")
-    temporary.write_text(plan.to_json(), encoding="utf-8")
-    temporary.replace(out)
-
-
-def apply_command(checkpoint: str, plan_file: Path, out: Path, common: Common, reader: str | None = None) -> Outcome:
-    """``moezip apply``: a saved plan, no data."""
-    clock = Clock()
-    model = opened(checkpoint)
-    refuse_output(out, model.source.folder, common)
-    plan = Plan.load(plan_file)
-    if plan.packing:
-        from moezip.pipeline.quantize import apply_packed
-
-        return Outcome(plan, apply_packed(model, plan, plan_file, out, common, clock))
-    with values_beside(plan, plan_file) as values:
-        return Outcome(plan, write_plan(model.source, plan, out, common, clock, None, reader=reader, values=values))
-
-
-@contextmanager
-def saved_plan(plan_file: Path | None) -> Iterator[tuple[Plan | None, Values | None]]:
-    """A saved plan with its solved values; nothing without a file. Raises PlanError as of ``values_beside``."""
-    if plan_file is None:
-        yield None, None
-        return
-    plan = Plan.load(plan_file)
-    with values_beside(plan, plan_file) as values:
-        yield plan, values
-
-
-@contextmanager
-def values_beside(plan: Plan, plan_file: Path) -> Iterator[Values | None]:
-    """The solved values of a saved plan: from the file beside it, or from the checkpoint that it lies in.
-
-    Raises:
-        PlanError: they are not there, or are not those that the plan was made with.
-    """
-    if not plan.solved:
-        yield None
-        return
-    file, folder = plan_file.with_name(VALUES), plan_file.resolve().parent.parent
-    if file.is_file():
-        values: Values = LayerFiles(file.parent, file.name)
-        _require_values(plan, values, file)
-        yield values
-    elif plan_file.name == "plan.json" and (folder / "config.json").is_file():
-        with Checkpoint.open(folder) as checkpoint:
-            values = CheckpointValues(checkpoint, plan.solved)
-            _require_values(plan, values, folder)
-            yield values
-    else:
-        raise PlanError(
-            f"the plan has {len(plan.solved)} solved values, and the file with them is not beside it",
-            where=file,
-            next=f"keep {VALUES} beside the plan, or name the moezip/plan.json inside the checkpoint it was made for",
-        )
-
-
-def _require_values(plan: Plan, values: Values, where: Path) -> None:
-    if missing := sorted(set(plan.solved) - set(values.names())):
-        raise PlanError(f"the plan's value {missing[0]} is not there", where=where)
-    if digest_of(values, plan.solved) != plan.values:
-        raise PlanError(
-            "the values are not those that the plan was made with", where=where,
-            next="use both files of one plan, or make it again",
-        )  # fmt: skip
-
-
-def write_plan(
-    source: Checkpoint,
-    plan: Plan,
-    out: Path,
-    common: Common,
-    clock: Clock,
-    stats: Statistics | None,
-    notes: Sequence[str] = (),
-    reader: str | None = None,
-    values: Values | None = None,
-) -> Report:
-    """Writes the checkpoint that the plan describes, with its solved ``values``; its report, in which ``notes`` stand
-    first.
-
-    The report in the folder counts the time until it is written itself, the one returned all of it.
-    """
-    applied = planned(source, plan, reader, values)
-    finished: list[Report] = []
-    before = clock.seconds
-
-    def made() -> Report:
-        stages = {**clock.stages, "write": clock.seconds - before}
-        return _report(source, applied, out, clock.seconds, stages, stats, notes)
-
-    def report() -> str:
-        finished.append(made())
-        return finished[-1].to_json()
-
-    with clock.stage("write"):
-        write_checkpoint(
-            applied,
-            plan,
-            out,
-            text=None if applied.changes_nothing else card_of(source, applied, made()),
-            report=report,
-            command=common.command,
-            overwrite=common.overwrite,
-            watch=common.watch,
-        )
-    return replace(
-        finished[-1], seconds=clock.seconds, stages=dict(clock.stages), peak_rss_bytes=peak_rss_bytes()
-    )  # fmt: skip
-
-
-def card_of(source: Source, applied: Planned, report: Report) -> str:
-    """The model card of what a plan made."""
-    plan = applied.plan
-    width = applied.architecture.layer_facts(applied.source_config)[0].width
-    widths = [each for layer in plan.layers for each in layer.widths(width)]
-    layers = f"{plan.layers[0].experts} routed experts in each of {len(plan.layers)} MoE layers"
-    kept = f"{span(report.experts_after)} of {layers}"
-    if plan.merges:
-        kept = f"{layers} were merged into {span(report.experts_after)}, which"
-    elif not all(layer.whole for layer in plan.layers):
-        kept += f", {span(widths)} of {width} neurons in an expert"
-    how = made_by(f"method `{report.method}`" if report.method else "a saved plan")
-    text = [
-        f"{how}: {kept} are left. What was kept, the scores and the "
-        "data it was chosen with are in `moezip/plan.json`; sizes and timings in `moezip/report.json`."
-    ]
-    if isinstance(applied, Applied) and applied.stored_note:
-        text += ["", f"Stored codes: {applied.stored_note}."]
-    if isinstance(applied, Substituted):
-        text += [
-            "",
-            "The routers are the source's own and still choose among all experts. A dropped one adds nothing, and the "
-            "gates of the others do not grow in its place.",
-        ]
-    return model_card(source, applied, report, "merged" if plan.merges else "pruned", text)
-
-
-def _report(
-    source: Source,
-    applied: Planned,
-    out: Path,
-    seconds: float,
-    stages: Mapping[str, float],
-    stats: Statistics | None,
-    more: Sequence[str],
-) -> Report:
-    plan = applied.plan
-    after = tensor_bytes(applied)
-    notes = list(more)
-    if isinstance(applied, Applied) and applied.stored_note:
-        notes.append(applied.stored_note)
-    if isinstance(applied, Recoded):
-        notes.append(
-            f"{applied.recoded} matrices were rounded to fp8 blocks anew; all other codes are the source's bytes"
-        )
-    elif plan.merges and source.config.get("quantization_config"):
-        notes.append(
-            "the source's codes were decoded: an average of codes is no code, so the output is plain numbers; pack "
-            "them with `moezip quantize`"
-        )
-    if plan.mtp == "drop" and any(
-        applied.architecture.claim(name, source.config).kind == "extra" for name in source.names()
-    ):
-        notes.append("the multi-token-prediction layers were dropped (keep them with --set mtp=keep)")
-    width = applied.architecture.layer_facts(source.config)[0].width
-    widths = [each for layer in plan.layers for each in layer.widths(width)]
-    if not all(layer.whole for layer in plan.layers):
-        share = sum(widths) / (width * len(widths))
-        between = f"{min(widths)} to {max(widths)}" if min(widths) < max(widths) else str(widths[0])
-        notes.append(f"{share:.2%} of the experts' neurons stay, {between} of {width} in an expert")
-    substituted = isinstance(applied, Substituted)
-    if substituted:
-        notes.append(VLLM_NOTE)
-    guard = plan.made_by.get("settings", {}).get("guard")
-    if guard and stats is None and "method" in plan.made_by:
-        notes.append("the guard for super experts had no recorded outputs to look at")
-    if (note := factor_note(plan, stats)) is not None:
-        notes.append(note)
-    return Report(
-        out=str(out),
-        bytes_before=tensor_bytes(source),
-        bytes_after=after,
-        bits_per_weight=8 * after / weights_of(applied),
-        experts_before=[layer.experts for layer in plan.layers],
-        experts_after=[len(layer.picks) for layer in plan.layers],
-        predicted_nats=None if substituted else plan.made_by.get("predicted_nats"),
-        predicted_nats_reason=_no_price(plan, substituted),
-        seconds=seconds,
-        peak_rss_bytes=peak_rss_bytes(),
-        stages=stages,
-        price_factors=plan.made_by.get("price_factors", {}),
-        method=plan.made_by.get("method"),
-        settings=plan.made_by.get("settings", {}),
-        source=str(source.folder),
-        statistics={} if stats is None else {domain.name: domain.tokens for domain in stats.domains},
-        protected={str(layer.layer): list(layer.protected) for layer in plan.layers if layer.protected},
-        unrouted={} if stats is None else unrouted(stats),
-        stock=not plan.ragged(width),
-        form="mone" if substituted else "moezip" if plan.ragged(width) else "stock",
-        notes=notes,
-    )
-
-
-def _no_price(plan: Plan, substituted: bool) -> str | None:
-    """Why there is no prediction; None where there is one."""
-    if substituted:
-        return RENORMALISED_PRICE
-    if "predicted_nats" in plan.made_by:
-        return None
-    if "after" in plan.made_by:
-        return NO_SUM
-    if not plan.merges:
-        return NO_PRICE
-    return NO_MERGE_PRICE if "price" in plan.made_by.get("settings", {}) else NO_LONGER_THERE
-
-
-def weights_of(source: Source) -> int:
-    """Weights, whatever they are stored in: scales and zero points not counted."""
-    plain = decoded(source)
-    return sum(plain.spec(name).elements for name in plain.names())

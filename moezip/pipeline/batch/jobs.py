@@ -16,13 +16,14 @@ from moezip.calibrate.data import DomainText
 from moezip.errors import RecipeError
 from moezip.export.formats import COMPRESSED, GPTQ
 from moezip.export.stock import tensor_bytes
+from moezip.pipeline.apply import write_plan
 from moezip.pipeline.batch.calibration import COMPRESS, Observed, after_merging, texts_of
 from moezip.pipeline.batch.state import State, digest_of, saved, write
 from moezip.pipeline.common import Clock, Common, open_checkpoint, opened
 from moezip.pipeline.evaluate import evaluate_command
 from moezip.pipeline.export import export_command
 from moezip.pipeline.merge_steps import Decided, check_merge, check_prune, merging, pruned
-from moezip.pipeline.prune import PruneJob, make_plan, prepare_prune, write_plan
+from moezip.pipeline.prune import PruneJob, make_plan, prepare_prune
 from moezip.pipeline.quantize import QuantizeJob, prepare_quantize, quantize_command
 from moezip.progress import Progress, Watch
 from moezip.recipe import Recipe
