@@ -21,6 +21,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 DEMO_DATA = HERE.parent / "moezip/demo/data"
 ROWS, LENGTH = 8, 256
 # Minutes that one reader's process may take, for all its forms (vLLM and llama.cpp: for one).
@@ -239,7 +240,7 @@ def run(words: Sequence[Any], **environment: str) -> subprocess.CompletedProcess
     }
     with subprocess.Popen(
         [str(word) for word in words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,
-        start_new_session=True,
+        start_new_session=True, cwd=tempfile.gettempdir(),  # some readers leave their logs where they are run
     ) as process:  # fmt: skip
         try:
             out, told = process.communicate(timeout=60 * PATIENCE)
@@ -315,7 +316,7 @@ def readers(words: argparse.Namespace) -> Iterator[Reader]:
     parts = (
         ("torch", "transformers", "setuptools", "wheel", "pypcre", *pins),
         ("--no-build-isolation", "--no-deps", "gptqmodel==7.7.0", "optimum"),
-        ("accelerate", "compressed-tensors==0.20.0", "datasets", "defuser", "device-smi", "dill", "logbar", "maturin",
+        ("accelerate", "compressed-tensors", "datasets", "defuser", "device-smi", "dill", "logbar", "maturin",
          "ninja", "protobuf", "requests", "threadpoolctl", "tokenicer", "torchao", *pins),
     )  # fmt: skip
     build = {"BUILD_CUDA_EXT": "0"}
