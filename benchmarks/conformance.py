@@ -40,13 +40,14 @@ PATIENCE = 25
 RIGHT = 0.02
 # 4 bits without calibration are another model: what is asked of it is that it is still near.
 NEAR = {"gguf-Q4_0": 0.3}
-# Whose releases before this one load a form and ignore what is special in it, so that their loss says nothing.
-NEEDS = {("mone", "vllm"): "0.33"}
+# Whose releases before this one (empty: all) load a form and ignore what is special in it, so that their loss says
+# nothing.
+NEEDS = {("mone", "vllm"): "0.33", ("mone", "gptqmodel"): ""}
 GPTQ = ("gptq-4", "gptq-8")
 REMARKS = """What is behind some cells:
 
 - vLLM runs on the CPU here, where its kernels for experts take 4 bits without zeros; its source code takes 2 to 8 bits
-  on a GPU. MoNE is read from 0.33 on; 0.32 loads it and ignores what was dropped.
+  on a GPU. MoNE is read from 0.33 on, by its source code.
 - mlx-lm wants `num_experts` and `rope_theta` in `config.json` under the names of transformers 4. Where they are
   missing, as in files that transformers 5 saved, they are given to it here. On the CPU it multiplies experts in float32
   only.
@@ -317,7 +318,7 @@ def readers(words: argparse.Namespace) -> Iterator[Reader]:
         ("torch", "transformers", "setuptools", "wheel", "pypcre", *pins),
         ("--no-build-isolation", "--no-deps", "gptqmodel==7.7.0", "optimum"),
         ("accelerate", "compressed-tensors", "datasets", "defuser", "device-smi", "dill", "logbar", "maturin",
-         "ninja", "protobuf", "requests", "threadpoolctl", "tokenicer", "torchao", *pins),
+         "ninja", "pillow", "protobuf", "requests", "threadpoolctl", "tokenicer", "torchao", *pins),
     )  # fmt: skip
     build = {"BUILD_CUDA_EXT": "0"}
     yield Reader("gptqmodel", None, parts, by_script("gptqmodel"), variables=build)
@@ -373,8 +374,10 @@ def verdict(form: str, found: dict[str, Any] | None, own: float, reader: str, ve
     if "error" in found:
         kind, _, told = found["error"].partition(": ")
         return f"MISREADS ({told})" if kind == "RandomTensorsError" else f"no: {found['error']}"
-    if (form, reader) in NEEDS and _numbers(version) < _numbers(NEEDS[form, reader]):
-        return f"too old: it is for {NEEDS[form, reader]} and later"
+    if (form, reader) in NEEDS:
+        needed = NEEDS[form, reader]
+        if not needed or _numbers(version) < _numbers(needed):
+            return "ignores what was dropped" + (f" ({needed} does not)" if needed else "")
     difference = found["nll"] - own
     right = abs(difference) <= NEAR.get(form, RIGHT)
     return f"{'reads' if right else 'MISREADS'} ({found['nll']:.3f}, {difference:+.3f})"

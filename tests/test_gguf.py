@@ -314,7 +314,7 @@ def test_command_line(cli: Cli, tmp_path: Path) -> None:
         ((tmp_path,), 1, "name a file"),
         ((tmp_path / "n", "--set", "type=Q3"), 2, "unknown type"),
         ((tmp_path / "n", "--set", "kind=F16"), 2, "unknown setting of gguf"),
-        ((tmp_path / "n", "--for", "vllm"), 1, "tried in no other reader, vLLM among them"),
+        ((tmp_path / "n", "--for", "vllm"), 1, "what vLLM makes of them is not known"),
         ((tmp_path / "n", "--to", "gptq", "--set", "type=F16"), 2, "has no settings"),
     ):
         answer = cli("export", "demo", words[0], *(() if "--to" in words else ("--to", "gguf")), *words[1:])

@@ -31,7 +31,7 @@ def gguf_command(checkpoint: str, out: Path, reader: str | None, common: Common,
     params: GGUFParams = read_settings(GGUFParams, settings, "gguf")
     if reader is not None and lookup(reader, READERS, "reader") and reader != READER:
         raise PlanError(
-            f"GGUF files are written for llama.cpp, and were tried in no other reader, {READERS[reader]} among them",
+            f"GGUF files are written for llama.cpp; what {READERS[reader]} makes of them is not known",
             where=f"--for {reader}",
             next="leave --for out, or choose another format (--to)",
         )  # fmt: skip
