@@ -6,102 +6,134 @@ namespace MOEZIP_ISA {
 
 // -- activations as products read them ----------------------------------------------------------------------------
 
-static inline float half_to_float(uint16_t half) {
-  const uint32_t bits = (uint32_t)half << 16;
-  float value;
-  memcpy(&value, &bits, 4);
-  return value;
+// Sum and largest of the lanes, by halves.
+static inline float sum_of(vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#elif defined(__AVX2__)
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+#else
+  return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
 }
 
-static inline uint32_t float_to_half(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, 4);
-  if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return bits >> 16 | 0x40;  // NaN stays one
-  return (bits + 0x7FFFu + ((bits >> 16) & 1)) >> 16;
+// Lanes of even numbers; 0 in the others.
+static inline vec evenly(vec v) {
+  typedef uint64_t pairs __attribute__((vector_size(4 * LANES)));
+  return (vec)((pairs)v & 0xFFFFFFFFu);
 }
 
-static void prepare_bytes(const float* from, uint32_t* values, float* sum, float* step) {
-  constexpr int COUNT = (int)UNIT / LANES;
-  vec x[COUNT], largest = {};
-  for (int i = 0; i < COUNT; ++i) {
-    x[i] = load(from + LANES * i);
-    largest = larger((vec)((uvec)x[i] & 0x7FFFFFFFu), largest);
+static inline float largest_of(vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#elif defined(__AVX2__)
+  __m128 half = _mm_max_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+#else
+  const float even = v[0] > v[2] ? v[0] : v[2], odd = v[1] > v[3] ? v[1] : v[3];
+  return even > odd ? even : odd;
+#endif
+}
+
+constexpr int UNIT_VECTORS = (int)UNIT / LANES;
+
+// Columns s, s + 8, s + 16 and s + 24 side by side in word s; whole numbers of 8 bits.
+static inline void store_fours([[maybe_unused]] uint32_t* to, [[maybe_unused]] const uvec* whole) {
+#if defined(__AVX512F__)
+  const __m512i twos = (__m512i)((whole[0] & 255) | (whole[1] & 255) << 16);
+  const __m256i fours = _mm256_or_si256(_mm512_castsi512_si256(twos),
+                                        _mm256_slli_epi32(_mm512_extracti64x4_epi64(twos, 1), 8));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), fours);
+#elif defined(__AVX2__)
+  store_words(to, (whole[0] & 255) | (whole[1] & 255) << 8 | (whole[2] & 255) << 16 | whole[3] << 24);
+#endif
+}
+
+// A unit as whole numbers of 8 bits and their step; returns the sum of what they stand for.
+static inline float prepare_bytes(const vec* x, uint32_t* values, float* step) {
+  vec largest = {}, count = {};
+MOEZIP_UNROLLED
+  for (int i = 0; i < UNIT_VECTORS; ++i) largest = larger((vec)((uvec)x[i] & 0x7FFFFFFFu), largest);
+  const float top = largest_of(largest), size = top / 127.0f, inverse = top > 0 ? 127.0f / top : 0.0f;
+  uvec whole[UNIT_VECTORS];
+MOEZIP_UNROLLED
+  for (int i = 0; i < UNIT_VECTORS; ++i) {
+    const vec near = nearest(x[i] * inverse);
+    count += near;
+    whole[i] = (uvec)__builtin_convertvector(near, ivec);
+    if (!BYTES_TOO) store(reinterpret_cast<float*>(values) + LANES * i, near * size);
   }
-  float top = 0;
-  for (int lane = 0; lane < LANES; ++lane) top = largest[lane] > top ? largest[lane] : top;
-  const float size = top / 127.0f, inverse = top > 0 ? 127.0f / top : 0.0f;
-  vec count = {};
-  alignas(64) int32_t whole[UNIT];
-  for (int i = 0; i < COUNT; ++i) {
-    x[i] = nearest(x[i] * inverse);
-    count += x[i];
-    store_words(whole + LANES * i, (uvec)__builtin_convertvector(x[i], ivec));
-  }
-  float all = 0;
-  for (int lane = 0; lane < LANES; ++lane) all += count[lane];
-  *sum = size * all;
+  if (BYTES_TOO) store_fours(values, whole);
   *step = size;
-  if (BYTES_TOO) {
-    for (int s = 0; s < 8; ++s)
-      values[s] = (uint32_t)(whole[s] & 255) | (uint32_t)(whole[s + 8] & 255) << 8 |
-                  (uint32_t)(whole[s + 16] & 255) << 16 | (uint32_t)whole[s + 24] << 24;
-  } else {
-    for (int i = 0; i < COUNT; ++i) store(reinterpret_cast<float*>(values) + LANES * i, x[i] * size);
+  return size * sum_of(count);
+}
+
+// A unit in bf16, columns p and p + 16 side by side in word p; returns its sum, and adds that of even words to `evens`.
+static inline float prepare_pairs(const vec* x, uint32_t* values, float* evens) {
+  constexpr int HALF = UNIT_VECTORS / 2;
+  uvec halves[UNIT_VECTORS];
+MOEZIP_UNROLLED
+  for (int i = 0; i < UNIT_VECTORS; ++i) {
+    const uvec bits = (uvec)x[i];
+    halves[i] = (bits & 0x7FFFFFFFu) > 0x7F800000u ? bits | 0x400000u : rounded_halves(x[i]);  // NaN stays one
   }
+  vec all = {};
+MOEZIP_UNROLLED
+  for (int i = 0; i < HALF; ++i) {
+    const uvec low = halves[i] >> 16, high = halves[HALF + i] & 0xFFFF0000u;
+    store_words(values + LANES * i, low | high);
+    all += (vec)(low << 16) + (vec)high;
+  }
+  *evens += sum_of(evenly(all));
+  return sum_of(all);
+}
+
+// One unit of one token, of which `there` columns are in the group and the others 0; returns the sum of what `values`
+// then stands for.
+static inline float prepare_unit(const Prepare& job, int64_t column, int64_t there, uint32_t* values, float* evens,
+                                 float* step) {
+  const float* floats = reinterpret_cast<const float*>(job.from) + column;
+  const uint16_t* halves = reinterpret_cast<const uint16_t*>(job.from) + column;
+  uint32_t filled[UNIT];
+  if (there < UNIT) {
+    memset(filled, 0, sizeof(filled));
+    memcpy(filled, job.dtype == BF16 ? static_cast<const void*>(halves) : floats,
+           (size_t)(job.dtype == BF16 ? 2 * there : 4 * there));
+    floats = reinterpret_cast<const float*>(filled), halves = reinterpret_cast<const uint16_t*>(filled);
+  }
+  vec x[UNIT_VECTORS], all = {};
+MOEZIP_UNROLLED
+  for (int i = 0; i < UNIT_VECTORS; ++i)
+    x[i] = job.dtype == BF16 ? (vec)(widened(halves + LANES * i) << 16) : load(floats + LANES * i);
+  if (job.path == BYTES) return prepare_bytes(x, values, step);
+  if (job.path == HALVES) return prepare_pairs(x, values, evens);
+MOEZIP_UNROLLED
+  for (int i = 0; i < UNIT_VECTORS; ++i) {
+    store(reinterpret_cast<float*>(values) + LANES * i, x[i]);
+    all += x[i];
+  }
+  return sum_of(all);
 }
 
 void prepare(const Prepare& job, int64_t first, int64_t last) {
   const int64_t group = job.columns / job.groups, per = (group + UNIT - 1) / UNIT;
+  const int64_t words = job.path == HALVES ? 16 : job.path == BYTES && BYTES_TOO ? 8 : 32;
   for (int64_t token = first; token < last; ++token) {
     uint32_t* values = job.values + token * job.pitch;
-    for (int64_t g = 0; g < job.groups; ++g)
-      for (int64_t u = 0; u < per; ++u) {
-        const int64_t unit = g * per + u, column = token * job.stride + g * group + u * UNIT;
-        const int64_t there = group - u * UNIT < UNIT ? group - u * UNIT : UNIT;
-        float* sum = job.sums + token * job.units + unit;
-        if (job.path == HALVES && job.dtype == BF16) {
-          uint16_t filled[UNIT] = {};
-          const uint16_t* from = reinterpret_cast<const uint16_t*>(job.from) + column;
-          if (there < UNIT) from = static_cast<uint16_t*>(memcpy(filled, from, (size_t)(2 * there)));
-          vec all = {};
-          for (int p = 0; p < 16; p += LANES) {
-            const uvec low = widened(from + p), high = widened(from + 16 + p) << 16;
-            store_words(values + 16 * unit + p, low | high);
-            all += (vec)(low << 16) + (vec)high;
-          }
-          float total = 0;
-          for (int lane = 0; lane < LANES; ++lane) total += all[lane];
-          *sum = total;
-          continue;
-        }
-        float filled[UNIT] = {};
-        if (job.dtype == BF16) {
-          const uint16_t* from = reinterpret_cast<const uint16_t*>(job.from) + column;
-          if (there == UNIT) {
-            for (int i = 0; i < UNIT; i += LANES) store(filled + i, (vec)(widened(from + i) << 16));
-          } else {
-            for (int64_t i = 0; i < there; ++i) filled[i] = half_to_float(from[i]);
-          }
-        } else {
-          memcpy(filled, reinterpret_cast<const float*>(job.from) + column, (size_t)(4 * there));
-        }
-        if (job.path == BYTES) {
-          prepare_bytes(filled, values + (BYTES_TOO ? 8 : UNIT) * unit, sum, job.steps + token * job.units + unit);
-          continue;
-        }
-        float total = 0;
-        if (job.path == HALVES) {
-          for (int p = 0; p < 16; ++p) {
-            const uint32_t low = float_to_half(filled[p]), high = float_to_half(filled[p + 16]);
-            values[16 * unit + p] = low | high << 16;
-            total += half_to_float((uint16_t)low) + half_to_float((uint16_t)high);
-          }
-        } else {
-          memcpy(values + UNIT * unit, filled, sizeof(filled));
-          for (int i = 0; i < UNIT; ++i) total += filled[i];
-        }
-        *sum = total;
+    float *sums = job.sums + token * job.units, *evens = job.evens + token * job.units;
+    float* steps = job.steps + token * job.units;
+    for (int64_t g = 0; g < job.groups; ++g) {
+      float all = 0, even = 0;
+      for (int64_t u = 0; u < per; ++u, ++steps, values += words) {
+        const int64_t left = group - u * UNIT;
+        const int64_t column = token * job.stride + g * group + u * UNIT;
+        all += prepare_unit(job, column, left < UNIT ? left : UNIT, values, &even, steps);
       }
+      sums[g] = all, evens[g] = even;
+    }
   }
 }
 

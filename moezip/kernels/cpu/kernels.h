@@ -121,7 +121,8 @@ struct Matrix {
 // One token's activations as products read them.
 struct Token {
   const uint32_t* values;  // by unit: 32 floats, 16 words of bf16 (columns p and p + 16), or 8 of bytes (s + 8 b)
-  const float* sums;       // by unit: of what `values` stands for
+  const float* sums;       // by group: of what `values` stands for
+  const float* evens;      // by group: of what every other word stands for, from the first on; of bf16 as it is
   const float* steps;      // by unit: of bytes
 };
 
@@ -131,7 +132,7 @@ struct Prepare {
   int64_t columns, groups;
   int64_t stride;       // elements from token to token
   uint32_t* values;     // [tokens, pitch]
-  float *sums, *steps;  // [tokens, units]
+  float *sums, *evens, *steps;  // [tokens, units], of sums and evens the first groups
   int64_t pitch, units;
 };
 

@@ -12,16 +12,19 @@ namespace MOEZIP_ISA {
 // made numbers first, which depends on the width and not on the tokens (`decode_unit`), and multiplied then, which
 // depends on the tokens and not on the width (`many_tokens`): far less code, and a unit's numbers stay near.
 
+// Written out where the instruction can spread a word of memory over all lanes itself: of intrinsics, g++ 12 makes two.
 #if defined(__AVX512BF16__)
-static inline vec dot_halves(vec sum, uvec value, uint32_t pair) {
-  return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)(__m512i)value, (__m512bh)_mm512_set1_epi32((int)pair));
+static inline vec dot_halves(vec sum, uvec value, const uint32_t& pair) {
+  asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(value), "m"(pair));
+  return sum;
 }
 #endif
 
 // Sums of four products of a code with a whole number each.
 #if defined(__AVX512VNNI__)
-static inline uvec dot_bytes(uvec sum, uvec codes, uint32_t four) {
-  return (uvec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, _mm512_set1_epi32((int)four));
+static inline uvec dot_bytes(uvec sum, uvec codes, const uint32_t& four) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(codes), "m"(four));
+  return sum;
 }
 #elif defined(__AVX512F__)
 static inline uvec dot_bytes(uvec sum, uvec codes, uint32_t four) {
@@ -35,36 +38,48 @@ static inline uvec dot_bytes(uvec sum, uvec codes, uint32_t four) {
 }
 #endif
 
-// Sum over `units` units, from `first` on, of x (offset + q / 2^BITS), or of x q for bytes.
+// Words of a unit of activations.
+template <int PATH>
+constexpr int64_t UNIT_WORDS = PATH == FLOATS ? 32 : PATH == HALVES ? 16 : 8;
+
+// Whether codes at neighbouring places share a shift, so that one of them stays BITS bits off its place: in bytes the odd
+// one above it, in halves, whose sums are of 1 + q / 2^BITS, the even one below.
 template <int PATH, int BITS>
-static inline vec one_token(const uint8_t* lines, int64_t units, const Token& x, int64_t first) {
-  vec sum[4] = {};
-  for (int64_t u = first; u < first + units; ++u, lines += LINE * BITS) {
+constexpr bool PAIRED = PATH == HALVES ? BITS <= 2 : PATH == BYTES && (BITS <= 2 || (BITS == 4 && WHOLE_BYTES));
+
+// Sum over `units` units of x (offset + q / 2^BITS), or of x q for bytes. A sum of products waits for the one before it,
+// several cycles, of which each begins two: hence eight sums side by side. Those of bytes begin anew with every unit, so
+// that units run side by side.
+template <int PATH, int BITS>
+__attribute__((always_inline)) static inline vec one_token(const uint8_t* lines, int64_t units, const uint32_t* from,
+                                                           [[maybe_unused]] const float* steps) {
+  vec sum[8] = {};
+  for (; units > 0; --units, lines += LINE * BITS, from += UNIT_WORDS<PATH>) {
     const Unit<BITS> unit(lines);
     if constexpr (PATH == FLOATS) {
-      const float* from = as_floats(x.values) + UNIT * u;
 MOEZIP_UNROLLED
       for (int s = 0; s < 8; ++s)
 MOEZIP_UNROLLED
-        for (int b = 0; b < 4; ++b)
-          sum[b] = fused_more((vec)floats_value<BITS>(unit, s, b), splat(from[s + 8 * b]), sum[b]);
+        for (int b = 0; b < 4; ++b) {
+          vec& to = sum[4 * (s % 2) + b];
+          to = fused_more((vec)floats_value<BITS>(unit, s, b), splat(as_floats(from)[s + 8 * b]), to);
+        }
     }
 #if defined(__AVX512BF16__)
     if constexpr (PATH == HALVES) {
-      const uint32_t* from = x.values + 16 * u;
 MOEZIP_UNROLLED
       for (int s = 0; s < 8; ++s)
 MOEZIP_UNROLLED
         for (int h = 0; h < 2; ++h) {
-          vec& to = sum[2 * (s % 2) + h];
-          to = dot_halves(to, halves_value<BITS>(unit, s, h), from[s + 8 * h]);
+          vec& to = sum[2 * (s % 4) + h];
+          const int low = PAIRED<PATH, BITS> && s % 2 == 0 ? 7 - 2 * BITS : 7 - BITS;
+          to = dot_halves(to, halves_value<BITS>(unit, s, h, low), from[s + 8 * h]);
           if (BITS == 8) to = dot_halves(to, halves_lowest<BITS>(unit, s, h), from[s + 8 * h]);
         }
     }
 #endif
 #if defined(__AVX2__)
     if constexpr (PATH == BYTES) {
-      const uint32_t* from = x.values + 8 * u;
       uvec part[2] = {}, high = {};
 MOEZIP_UNROLLED
       for (int s = 0; s < 8; ++s) {
@@ -73,14 +88,19 @@ MOEZIP_UNROLLED
           part[s % 2] = dot_bytes(part[s % 2], word & 0x0F0F0F0Fu, from[s]);
           high = dot_bytes(high, (word >> 4) & 0x0F0F0F0Fu, from[s]);
         } else {
-          part[s % 2] = dot_bytes(part[s % 2], bytes_value<BITS>(unit, s), from[s]);
+          const int low = PAIRED<PATH, BITS> && s % 2 ? BITS : 0;
+          part[s % 2] = dot_bytes(part[s % 2], bytes_value<BITS>(unit, s, low), from[s]);
         }
       }
-      sum[u % 2] = fused_more(to_floats(part[0] + part[1] + (high << 4)), splat(x.steps[u]), sum[u % 2]);
+      if (PAIRED<PATH, BITS>) part[1] = (uvec)((ivec)part[1] >> BITS);
+      sum[0] = fused_more(to_floats(part[0] + part[1] + (high << 4)), splat(*steps++), sum[0]);
     }
 #endif
   }
-  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  if (PATH == BYTES) return sum[0];
+  if (PAIRED<PATH, BITS>)
+    return fused_more((sum[0] + sum[1]) + (sum[4] + sum[5]), splat(1 << BITS), (sum[2] + sum[3]) + (sum[6] + sum[7]));
+  return ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
 }
 
 // A strip is one vector of rows. Two at a time share what is read of the activations.
@@ -177,17 +197,21 @@ template <int PATH, int BITS>
 static void block_of_one(const Matrix& m, int64_t block, const Token& x, float* out) {
   const int64_t group = m.columns / m.groups, per = (group + UNIT - 1) / UNIT;
   const uint8_t* lines = reinterpret_cast<const uint8_t*>(m.codes) + block * m.groups * per * LINE * BITS;
+  const uint32_t* values = x.values;
+  const float* steps = x.steps;
+  int64_t at = block * m.groups * BLOCK_ROWS;
   vec sum[BLOCK_VECTORS] = {};
-  for (int64_t g = 0; g < m.groups; ++g, lines += per * LINE * BITS) {
-    float all = 0;
-#pragma GCC unroll 1
-    for (int64_t u = g * per; u < (g + 1) * per; ++u) all += x.sums[u];
+  for (int64_t g = 0; g < m.groups; ++g) {
+    ask_for_scales(m, at);
+    float ones = x.sums[g];
+    if (PAIRED<PATH, BITS>) ones += (float)((1 << BITS) - 1) * x.evens[g];
 MOEZIP_UNROLLED
     for (int v = 0; v < BLOCK_VECTORS; ++v) {
-      const int64_t at = (block * m.groups + g) * BLOCK_ROWS + LANES * v;
-      const vec found = one_token<PATH, BITS>(lines + 4 * LANES * v, per, x, g * per);
-      sum[v] = with_scale<PATH, BITS>(sum[v], scale_of(m, at), zero_of(m, at), found, all);
+      const vec found = one_token<PATH, BITS>(lines + 4 * LANES * v, per, values, steps);
+      sum[v] = with_scale<PATH, BITS>(sum[v], scale_of(m, at + LANES * v), zero_of(m, at + LANES * v), found, x.sums[g],
+                                      ones);
     }
+    lines += per * LINE * BITS, values += per * UNIT_WORDS<PATH>, steps += per, at += BLOCK_ROWS;
   }
   for (int v = 0; v < BLOCK_VECTORS; ++v) finish<BITS>(m, block * BLOCK_ROWS + LANES * v, sum[v], out + LANES * v);
 }
@@ -210,10 +234,6 @@ static void blocks_of_many(const Matrix& m, int tokens, int64_t block, int block
     }
     vec sum[2 * TOKENS_AT_ONCE] = {};
     for (int64_t g = 0; g < m.groups; ++g) {
-      float all[TOKENS_AT_ONCE] = {};
-      for (int64_t u = g * per; u < (g + 1) * per; ++u)
-#pragma GCC unroll 1
-        for (int t = 0; t < tokens; ++t) all[t] += x[t].sums[u];
       vec total[2 * TOKENS_AT_ONCE] = {};
       for (int64_t u = 0; u < per; u += UNITS_AT_ONCE) {
         const int64_t units = per - u < UNITS_AT_ONCE ? per - u : UNITS_AT_ONCE;
@@ -228,7 +248,7 @@ static void blocks_of_many(const Matrix& m, int tokens, int64_t block, int block
         const vec scale = scale_of(m, at), zero = zero_of(m, at);
         for (int t = 0; t < tokens; ++t) {
           vec& to = sum[TOKENS_AT_ONCE * r + t];
-          to = with_scale<PATH, BITS>(to, scale, zero, total[TOKENS_AT_ONCE * r + t], all[t]);
+          to = with_scale<PATH, BITS>(to, scale, zero, total[TOKENS_AT_ONCE * r + t], x[t].sums[g]);
         }
       }
     }

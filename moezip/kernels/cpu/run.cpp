@@ -37,26 +37,27 @@ static int64_t unit_words(const Kernels& use, int path) {
 struct Prepared {
   int64_t units = 0, pitch = 0;
   uint32_t* values = nullptr;
-  float *sums = nullptr, *steps = nullptr;
+  float *sums = nullptr, *evens = nullptr, *steps = nullptr;
 
   // An odd number of lines from token to token, so that tokens do not all fall on the same sets of the cache.
   static int64_t pitch_of(int64_t units, int64_t words) { return (units * words + 31) / 32 * 32 + 16; }
   static size_t bytes(int64_t units, int64_t words, int64_t tokens) {
     return Scratch::rounded((size_t)(4 * tokens * pitch_of(units, words))) +
-           2 * Scratch::rounded((size_t)(4 * tokens * units));
+           3 * Scratch::rounded((size_t)(4 * tokens * units));
   }
   Prepared() = default;
   Prepared(Scratch& scratch, int64_t units, int64_t words, int64_t tokens)
       : units(units), pitch(pitch_of(units, words)) {
     values = scratch.take<uint32_t>((size_t)(tokens * pitch));
     sums = scratch.take<float>((size_t)(tokens * units));
+    evens = scratch.take<float>((size_t)(tokens * units));
     steps = scratch.take<float>((size_t)(tokens * units));
   }
   Prepare job(const void* from, int dtype, int path, const Matrix& like, int64_t stride) const {
-    return {from, dtype, path, like.columns, like.groups, stride, values, sums, steps, pitch, units};
+    return {from, dtype, path, like.columns, like.groups, stride, values, sums, evens, steps, pitch, units};
   }
   Token token(int64_t number) const {
-    return {values + number * pitch, sums + number * units, steps + number * units};
+    return {values + number * pitch, sums + number * units, evens + number * units, steps + number * units};
   }
 };
 
@@ -90,12 +91,20 @@ static void put(void* out, int dtype, int64_t at, const float* values, int64_t c
 // Pairs of blocks that are worth a thread of their own, where each is multiplied by as many tokens.
 static int64_t least_pairs(int64_t units, int64_t tokens) { return (1 << 13) / (units * (32 + 16 * tokens) + 1) + 1; }
 
+// Asks for where the reading of a matrix begins, while there is something else to do. From there on products ask.
+static void ask_for(const Matrix& m) {
+  for (int64_t at = 0; at < 8192; at += LINE) __builtin_prefetch(reinterpret_cast<const void*>(m.codes + at));
+  for (int64_t at = 0; at < 512; at += LINE) __builtin_prefetch(reinterpret_cast<const void*>(m.scales + at));
+  for (int64_t at = 0; at < 256; at += LINE) __builtin_prefetch(reinterpret_cast<const void*>(m.zeros + at));
+}
+
 static int linear(const Kernels& use, int threads, const Matrix& m, int path, const void* x, int dtype, int64_t tokens,
                   void* out) {
   if (path == HALVES && !use.halves) path = FLOATS;
   const int64_t units = units_of(m), words = unit_words(use, path);
   Scratch scratch(Prepared::bytes(units, words, tokens));
   if (!scratch.memory) return NO_MEMORY;
+  ask_for(m);
   const Prepared prepared(scratch, units, words, tokens);
   const Prepare job = prepared.job(x, dtype, path, m, m.columns);
   int result = together(threads, tokens, (1 << 15) / (m.columns + 1) + 1, [&](int64_t first, int64_t last) {

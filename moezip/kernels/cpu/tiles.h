@@ -52,9 +52,6 @@ static void in_tiles(const Matrix& m, int tokens, int64_t block, const Token* x,
   vec sum[BLOCKS][MOST_IN_TILES] = {};
   shape_tiles(tokens);
   for (int64_t g = 0; g < m.groups; ++g) {
-    float all[MOST_IN_TILES] = {};
-    for (int t = 0; t < tokens; ++t)
-      for (int64_t u = g * per; u < (g + 1) * per; ++u) all[t] += x[t].sums[u];
     _tile_zero(0);
     if (BLOCKS == 2) _tile_zero(1);
     if (SETS == 2) _tile_zero(2);
@@ -92,7 +89,7 @@ static void in_tiles(const Matrix& m, int tokens, int64_t block, const Token* x,
       const vec scale = scale_of(m, at), zero = zero_of(m, at);
       for (int t = 0; t < tokens; ++t)
         sum[r][t] = with_scale<HALVES, BITS>(sum[r][t], scale, zero, load(found[t / TILE_TOKENS][r][t % TILE_TOKENS]),
-                                             all[t]);
+                                             x[t].sums[g]);
     }
   }
   for (int r = 0; r < BLOCKS; ++r)
