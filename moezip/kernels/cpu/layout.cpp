@@ -1,7 +1,7 @@
 // From the layout on disk to the one of products (kernels.h) and back to codes, and to plain numbers.
 #include "decode.h"
 
-#if defined(__BMI2__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -42,70 +42,101 @@ static inline uint64_t codes_of(uint64_t found) {
   return apart;
 }
 
-// Byte i of each of four chunks to a row's word in line i.
+// Rows that are laid out side by side: single words take twice as long to write as those of four rows.
+constexpr int RELAID = 4;
+
+// The four chunks of a unit of a row; reads up to 8 bytes of each where `whole` says that they are there.
 template <int BITS>
-static inline void write_words(const uint64_t* chunks, uint8_t* out) {
-#if defined(__AVX2__)  // a word at a time: single bytes take twice as long
-  const __m128i turn = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+static inline void read_chunks(const uint8_t* from, bool whole, uint64_t chunks[4]) {
 MOEZIP_UNROLLED
-  for (int half = 0; 4 * half < BITS; ++half) {
-    const int shift = 32 * half, left = BITS - 4 * half;
-    const __m128i words = _mm_shuffle_epi8(
-        _mm_setr_epi32((int)(chunks[0] >> shift), (int)(chunks[1] >> shift), (int)(chunks[2] >> shift),
-                       (int)(chunks[3] >> shift)),
-        turn);
-    const int turned[4] = {_mm_cvtsi128_si32(words), _mm_extract_epi32(words, 1), _mm_extract_epi32(words, 2),
-                           _mm_extract_epi32(words, 3)};
+  for (int b = 0; b < 4; ++b) {
+    chunks[b] = 0;
+    if (whole) memcpy(chunks + b, from + b * BITS, 8);
+    else memcpy(chunks + b, from + b * BITS, BITS);
+    chunks[b] = planes<BITS>(chunks[b]);
+  }
+}
+
+// Byte i of each of a row's chunks to its word in line i.
+template <int BITS>
+static inline void relay_unit(const uint8_t* const* from, int64_t at, bool whole, uint8_t* out) {
+#if defined(__x86_64__)
+  __m128i words[2][RELAID];  // of lines 0 to 3, and 4 to 7
 MOEZIP_UNROLLED
-    for (int line = 0; line < 4 && line < left; ++line) memcpy(out + LINE * (4 * half + line), turned + line, 4);
+  for (int row = 0; row < RELAID; ++row) {
+    uint64_t chunks[4];
+    read_chunks<BITS>(from[row] + at, whole, chunks);
+    __m128i chunk[4];
+MOEZIP_UNROLLED
+    for (int b = 0; b < 4; ++b) chunk[b] = _mm_cvtsi64_si128((int64_t)chunks[b]);
+    const __m128i first = _mm_unpacklo_epi8(chunk[0], chunk[1]), second = _mm_unpacklo_epi8(chunk[2], chunk[3]);
+    words[0][row] = _mm_unpacklo_epi16(first, second), words[1][row] = _mm_unpackhi_epi16(first, second);
+  }
+MOEZIP_UNROLLED
+  for (int half = 0; half < 2; ++half) {
+    const __m128i* row = words[half];
+    const __m128i low = _mm_unpacklo_epi32(row[0], row[1]), low2 = _mm_unpacklo_epi32(row[2], row[3]);
+    const __m128i high = _mm_unpackhi_epi32(row[0], row[1]), high2 = _mm_unpackhi_epi32(row[2], row[3]);
+    const __m128i lines[4] = {_mm_unpacklo_epi64(low, low2), _mm_unpackhi_epi64(low, low2),
+                              _mm_unpacklo_epi64(high, high2), _mm_unpackhi_epi64(high, high2)};
+MOEZIP_UNROLLED
+    for (int line = 0; line < 4; ++line)
+      if (4 * half + line < BITS)
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + LINE * (4 * half + line)), lines[line]);
   }
 #else
-  for (int b = 0; b < 4; ++b)
-    for (int line = 0; line < BITS; ++line) out[LINE * line + b] = (uint8_t)(chunks[b] >> (8 * line));
+  for (int row = 0; row < RELAID; ++row) {
+    uint64_t chunks[4];
+    read_chunks<BITS>(from[row] + at, whole, chunks);
+    for (int b = 0; b < 4; ++b)
+      for (int line = 0; line < BITS; ++line) out[LINE * line + 4 * row + b] = (uint8_t)(chunks[b] >> (8 * line));
+  }
 #endif
 }
 
+// A row whose groups are filled up to whole units, or one that is not there.
 template <int BITS>
-static void relay_block(const Relay& job, int64_t block, uint8_t* scratch) {
+static const uint8_t* filled_row(const Relay& job, int64_t row, uint8_t* scratch) {
   const int64_t group = job.columns / job.groups, per = (group + UNIT - 1) / UNIT, units = job.groups * per;
-  const int64_t bytes = 4 * job.words, rows = job.rows - block * BLOCK_ROWS;
-  uint8_t* to = reinterpret_cast<uint8_t*>(job.codes) + block * units * LINE * BITS;
-  if (rows < BLOCK_ROWS) memset(to, 0, (size_t)(units * LINE * BITS));
-  for (int64_t row = 0; row < rows && row < BLOCK_ROWS; ++row) {
-    const uint8_t* from = reinterpret_cast<const uint8_t*>(job.packed + (block * BLOCK_ROWS + row) * job.words);
-    const bool whole = group % UNIT == 0;  // else the row is laid out anew first, with the groups filled up
-    if (!whole) {
-      uint8_t *plain = scratch, *filled = scratch + job.columns + 64, *again = filled + units * UNIT + 64;
-      unpack_row<BITS>(from, bytes, plain, job.columns);
-      memset(filled, 0, (size_t)(units * UNIT));
-      for (int64_t g = 0; g < job.groups; ++g) memcpy(filled + g * per * UNIT, plain + g * group, (size_t)group);
-      pack_row<BITS>(filled, units * UNIT, again, units * 4 * BITS);
-      from = again;
-    }
-    const int64_t end = units * 4 * BITS;
-    for (int64_t unit = 0; unit < units; ++unit) {
-      uint64_t chunks[4] = {};
-MOEZIP_UNROLLED
-      for (int b = 0; b < 4; ++b) {
-        const int64_t at = (4 * unit + b) * BITS;
-        if (at + 8 <= end) {
-          memcpy(chunks + b, from + at, 8);
-        } else {
-          memcpy(chunks + b, from + at, BITS);
-        }
-        chunks[b] = planes<BITS>(chunks[b]);
+  uint8_t *plain = scratch, *filled = scratch + job.columns + 64, *again = filled + units * UNIT + 64;
+  if (row >= job.rows) return static_cast<uint8_t*>(memset(again, 0, (size_t)(units * 4 * BITS)));
+  const uint8_t* from = reinterpret_cast<const uint8_t*>(job.packed + row * job.words);
+  if (group % UNIT == 0) return from;
+  unpack_row<BITS>(from, 4 * job.words, plain, job.columns);
+  memset(filled, 0, (size_t)(units * UNIT));
+  for (int64_t g = 0; g < job.groups; ++g) memcpy(filled + g * per * UNIT, plain + g * group, (size_t)group);
+  pack_row<BITS>(filled, units * UNIT, again, units * 4 * BITS);
+  return again;
+}
+
+template <int BITS>
+static void relay_block(const Relay& job, int64_t block, uint8_t* scratch, int64_t row_scratch) {
+  const int64_t group = job.columns / job.groups, units = job.groups * ((group + UNIT - 1) / UNIT);
+  const int64_t end = units * 4 * BITS;
+  for (int64_t row = 0; row < BLOCK_ROWS; row += RELAID) {
+    const uint8_t* from[RELAID];
+    for (int r = 0; r < RELAID; ++r)
+      from[r] = filled_row<BITS>(job, block * BLOCK_ROWS + row + r, scratch + r * row_scratch);
+    uint8_t* to = reinterpret_cast<uint8_t*>(job.codes) + block * units * LINE * BITS + 4 * row;
+    for (int64_t unit = 0; unit < units; ++unit, to += LINE * BITS) {
+      const int64_t at = 4 * BITS * unit;
+      if constexpr (BITS == 1) {  // a row's word is as it was
+        for (int r = 0; r < RELAID; ++r) memcpy(to + 4 * r, from[r] + at, 4);
+      } else if (at + 3 * BITS + 8 <= end) {
+        relay_unit<BITS>(from, at, true, to);
+      } else {
+        relay_unit<BITS>(from, at, false, to);
       }
-      write_words<BITS>(chunks, to + unit * LINE * BITS + 4 * row);
     }
   }
 }
 
 int relay(const Relay& job, int64_t first, int64_t last) {
-  const int64_t padded = job.columns + job.groups * UNIT;
-  uint8_t* scratch = static_cast<uint8_t*>(malloc((size_t)(3 * padded + 256)));
+  const int64_t padded = job.columns + job.groups * UNIT, row = 3 * padded + 256;
+  uint8_t* scratch = static_cast<uint8_t*>(malloc((size_t)(RELAID * row)));
   if (!scratch) return NO_MEMORY;
   for (int64_t block = first; block < last; ++block) {
-#define CALL(BITS) relay_block<BITS>(job, block, scratch)
+#define CALL(BITS) relay_block<BITS>(job, block, scratch, row)
     MOEZIP_BY_BITS(CALL)
 #undef CALL
   }
