@@ -77,6 +77,7 @@ class Native:
             raise ValueError(f"this machine has no {isa}, it has {', '.join(self.sets)}")
         self._set = best if isa is None else self.sets.index(isa)
         self.isa = self.sets[self._set]
+        self._linear = self._library.moezip_linear  # looked up once: a call may take ten microseconds
 
     def _call(self, name: str, threads: int, *arguments: float | None) -> None:
         _require(getattr(self._library, name)(self._set, threads, *arguments))
@@ -235,7 +236,9 @@ class Native:
 
     def linear(self, matrix: int, path: int, x: int, dtype: int, tokens: int, out: int, threads: int) -> None:
         """``matrix``, ``x``, ``out``: addresses."""
-        self._call("moezip_linear", threads, matrix, path, x, dtype, tokens, out)
+        failed = self._linear(self._set, threads, matrix, path, x, dtype, tokens, out)
+        if failed:
+            _require(failed)
 
     def experts(
         self,

@@ -135,7 +135,7 @@ def linear(matrix: products.Linear, value: torch.Tensor, activations: str) -> to
     laid = matrix.laid
     if value.shape[-1] != laid.columns:
         raise ValueError(f"activations of {value.shape[-1]} numbers for a matrix of {laid.columns} columns")
-    given = (value.float() if value.dtype == torch.float16 else value).detach().contiguous()
+    given = (value.float() if value.dtype == torch.float16 else value).contiguous()
     out = given.new_empty((*value.shape[:-1], laid.rows))
     tokens = given.numel() // laid.columns
     if tokens:
