@@ -186,6 +186,20 @@ def test_the_same_from_many_threads_at_once(library: Any) -> None:
             assert all(np.array_equal(a, b) for a, b in zip(alone, found, strict=True))
 
 
+def test_the_same_from_any_number_of_threads(library: Any) -> None:
+    """71 pairs of blocks, the last one half full, for few threads and for more than have runs of items of their own."""
+    chance = np.random.default_rng(0)
+    rows, columns = 2241, 5504
+    packed = chance.integers(-(2**31), 2**31, (rows, columns // 32)).astype(np.int32)
+    scales = chance.random((rows, 43), np.float32)
+    laid = products.lay(packed, scales, None, columns, 1, "F32", library=library)
+    x = chance.standard_normal((3, columns), np.float32)
+    for tokens in (1, 3):
+        alone = products.linear(laid, x[:tokens], library=library)
+        for threads in (2, 5, 70):
+            assert np.array_equal(products.linear(laid, x[:tokens], threads=threads, library=library), alone)
+
+
 @pytest.mark.parametrize(
     "change",
     [

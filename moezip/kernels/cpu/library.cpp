@@ -124,7 +124,11 @@ static int share(int threads, int64_t items, int64_t least, const Work& work) {
 }
 
 // The same for the short calls of a running model, by the threads that torch has for its own operations, where it runs
-// on GNU's OpenMP: they are awake, and no others compete with them for the cores. Else by new threads.
+// on GNU's OpenMP: they are awake, and no others compete with them for the cores. Else by new threads. Every thread
+// begins with a run of items of its own, since what it asks of memory ahead is then what it reads next, and helps the
+// others when it is done.
+constexpr int MOST_RUNS = 64;
+
 template <class Work>
 static int together(int threads, int64_t items, int64_t least, const Work& work) {
   typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);
@@ -138,23 +142,36 @@ static int together(int threads, int64_t items, int64_t least, const Work& work)
   if (!parallel) return share(threads, items, least, work);
   const int64_t most = (items + least - 1) / least;
   if (threads > most) threads = (int)most;
+  struct alignas(64) Run {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
   struct Shared {
     const Work& work;
-    int64_t items, piece;
-    std::atomic<int64_t> next;
-    std::atomic<int> failed;
+    int64_t piece;
+    int runs;
+    std::atomic<int> present, failed;
+    Run run[MOST_RUNS];
   };
   int64_t piece = items / (8 * (int64_t)threads);
   piece = piece < least ? least : piece;
-  Shared shared = {work, items, piece, {0}, {OK}};
+  Shared shared = {work, piece, threads < MOST_RUNS ? threads : MOST_RUNS, {0}, {OK}, {}};
+  for (int i = 0; i < shared.runs; ++i) {
+    shared.run[i].next.store(items * i / shared.runs, std::memory_order_relaxed);
+    shared.run[i].end = items * (i + 1) / shared.runs;
+  }
   parallel(
       [](void* data) {
         Shared& all = *static_cast<Shared*>(data);
-        for (;;) {
-          const int64_t first = all.next.fetch_add(all.piece);
-          if (first >= all.items || all.failed.load()) return;
-          const int result = all.work(first, first + all.piece < all.items ? first + all.piece : all.items);
-          if (result) all.failed.store(result);
+        const int own = all.present.fetch_add(1);
+        for (int i = 0; i < all.runs; ++i) {
+          Run& run = all.run[(own + i) % all.runs];
+          for (;;) {
+            const int64_t first = run.next.fetch_add(all.piece);
+            if (first >= run.end || all.failed.load()) break;
+            const int result = all.work(first, first + all.piece < run.end ? first + all.piece : run.end);
+            if (result) all.failed.store(result);
+          }
         }
       },
       &shared, (unsigned)threads, 0);
