@@ -42,14 +42,16 @@ static inline uvec dot_bytes(uvec sum, uvec codes, uint32_t four) {
 template <int PATH>
 constexpr int64_t UNIT_WORDS = PATH == FLOATS ? 32 : PATH == HALVES ? 16 : 8;
 
-// Whether codes at neighbouring places share a shift, so that one of them stays BITS bits off its place: in bytes the odd
-// one above it, in halves, whose sums are of 1 + q / 2^BITS, the even one below.
+// Whether codes at neighbouring places share a shift, so that one of them stays APART bits off its place: in bytes the
+// odd one above it, in halves, whose sums are of 1 + q / 2^BITS, the even one below.
 template <int PATH, int BITS>
-constexpr bool PAIRED = PATH == HALVES ? BITS <= 2 : PATH == BYTES && (BITS <= 2 || (BITS == 4 && WHOLE_BYTES));
+constexpr bool PAIRED = PATH != FLOATS && (BITS <= 3 || (BITS == 4 && PATH == BYTES && WHOLE_BYTES));
+template <int BITS>
+constexpr int APART = BITS == 3 ? 2 : BITS;  // of 3 bits only the upper two share it
 
-// Sum over `units` units of x (offset + q / 2^BITS), or of x q for bytes. A sum of products waits for the one before it,
-// several cycles, of which each begins two: hence eight sums side by side. Those of bytes begin anew with every unit, so
-// that units run side by side.
+// Sum over `units` units of x (1 + q / 2^BITS), or of x q for bytes; where codes are paired, the 1 of even places counts
+// 2^APART times. A sum of products waits for the one before it, several cycles, of which each begins two: hence eight
+// sums side by side. Those of bytes begin anew with every unit, so that units run side by side.
 template <int PATH, int BITS>
 __attribute__((always_inline)) static inline vec one_token(const uint8_t* lines, int64_t units, const uint32_t* from,
                                                            [[maybe_unused]] const float* steps) {
@@ -72,7 +74,7 @@ MOEZIP_UNROLLED
 MOEZIP_UNROLLED
         for (int h = 0; h < 2; ++h) {
           vec& to = sum[2 * (s % 4) + h];
-          const int low = PAIRED<PATH, BITS> && s % 2 == 0 ? 7 - 2 * BITS : 7 - BITS;
+          const int low = PAIRED<PATH, BITS> && s % 2 == 0 ? 7 - BITS - APART<BITS> : 7 - BITS;
           to = dot_halves(to, halves_value<BITS>(unit, s, h, low), from[s + 8 * h]);
           if (BITS == 8) to = dot_halves(to, halves_lowest<BITS>(unit, s, h), from[s + 8 * h]);
         }
@@ -88,18 +90,20 @@ MOEZIP_UNROLLED
           part[s % 2] = dot_bytes(part[s % 2], word & 0x0F0F0F0Fu, from[s]);
           high = dot_bytes(high, (word >> 4) & 0x0F0F0F0Fu, from[s]);
         } else {
-          const int low = PAIRED<PATH, BITS> && s % 2 ? BITS : 0;
+          const int low = PAIRED<PATH, BITS> && s % 2 ? APART<BITS> : 0;
           part[s % 2] = dot_bytes(part[s % 2], bytes_value<BITS>(unit, s, low), from[s]);
         }
       }
-      if (PAIRED<PATH, BITS>) part[1] = (uvec)((ivec)part[1] >> BITS);
+      if (PAIRED<PATH, BITS>) part[1] = (uvec)((ivec)part[1] >> APART<BITS>);
       sum[0] = fused_more(to_floats(part[0] + part[1] + (high << 4)), splat(*steps++), sum[0]);
     }
 #endif
   }
   if (PATH == BYTES) return sum[0];
-  if (PAIRED<PATH, BITS>)
-    return fused_more((sum[0] + sum[1]) + (sum[4] + sum[5]), splat(1 << BITS), (sum[2] + sum[3]) + (sum[6] + sum[7]));
+  if (PAIRED<PATH, BITS>) {
+    const vec even = (sum[0] + sum[1]) + (sum[4] + sum[5]), odd = (sum[2] + sum[3]) + (sum[6] + sum[7]);
+    return fused_more(even, splat(1 << APART<BITS>), odd);
+  }
   return ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
 }
 
@@ -204,7 +208,7 @@ static void block_of_one(const Matrix& m, int64_t block, const Token& x, float* 
   for (int64_t g = 0; g < m.groups; ++g) {
     ask_for_scales(m, at);
     float ones = x.sums[g];
-    if (PAIRED<PATH, BITS>) ones += (float)((1 << BITS) - 1) * x.evens[g];
+    if (PAIRED<PATH, BITS>) ones += (float)((1 << APART<BITS>) - 1) * x.evens[g];
 MOEZIP_UNROLLED
     for (int v = 0; v < BLOCK_VECTORS; ++v) {
       const vec found = one_token<PATH, BITS>(lines + 4 * LANES * v, per, values, steps);
