@@ -78,6 +78,7 @@ int main() {
     Matrix gate(32, 96, 3, bits), up(32, 96, 1, bits), down(96, 32, 1, bits);
     L table[3][11];
     for (int i = 0; i < 11; ++i) table[0][i] = gate.words[i], table[1][i] = up.words[i], table[2][i] = down.words[i];
+    table[1][10] = 1;  // other groups than those of gate
     L ids[9] = {};
     float weights[9] = {1, 0.5f, 0.25f, 1, 1, 0.125f, 1, 1, 1};
     for (int activation = 0; activation < 4; ++activation) {

@@ -298,6 +298,27 @@ def test_a_layer(gate: str, library: Any) -> None:
             assert close(found, wanted, 0.03)
 
 
+def test_groups_of_several_sizes_in_one_layer(library: Any) -> None:
+    """Whole units all of them, which lie alike in memory: what is known of a group is not that of another size."""
+    chance = np.random.default_rng(5)
+    sizes = ((24, 128, 32), (24, 128, 0)), ((40, 128, 64), (40, 128, 128)), ((16, 128, 0), (16, 128, 32))
+    held, plain = [], []
+    for expert, (gate, up) in enumerate(sizes):
+        made = [case(library, *each, 2 + expert) for each in (gate, up, (128, gate[0], 0))]
+        held.append(tuple(each.laid for each in made))
+        plain.append(tuple((each.weight, np.zeros(len(each.weight))) for each in made))
+    table = products.Experts(held, 128, library=library)
+    for tokens in (1, 5):
+        x = chance.standard_normal((tokens, 128)).astype(np.float32)
+        ids = np.tile(np.arange(3), (tokens, 1))
+        weights = np.full(ids.shape, 0.5, np.float32)
+        wanted = true.experts(plain, x.astype(np.float64), ids, weights.astype(np.float64), ("silu", 1.0, 0.0))
+        assert close(table.run(x, ids, weights, "silu"), wanted, FP32)
+        seen = floats(rounded(x)).astype(np.float64)
+        wanted = true.experts(plain, seen, ids, weights.astype(np.float64), ("silu", 1.0, 0.0))
+        assert close(table.run(rounded(x), ids, weights, "silu"), wanted, BF16_TWICE)
+
+
 def test_order_of_tokens_and_experts_does_not_matter(library: Any) -> None:
     """A token's result is its own; its experts are added in the same order whatever the others do."""
     table, _ = layer(library)

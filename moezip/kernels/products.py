@@ -73,9 +73,8 @@ class Laid:
 
     @property
     def layout(self) -> tuple[int, int]:
-        """Matrices in which this is the same read the same prepared activations."""
-        inside = self.columns // self.groups
-        return (self.columns, 0 if inside % UNIT == 0 or self.groups == 1 else inside)
+        """Matrices in which this is the same read the same prepared activations, which are summed by group."""
+        return (self.columns, self.groups)
 
     def __deepcopy__(self, memo: Any) -> Laid:
         return self  # nothing of it ever changes
