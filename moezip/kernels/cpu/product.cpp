@@ -12,19 +12,16 @@ namespace MOEZIP_ISA {
 // made numbers first, which depends on the width and not on the tokens (`decode_unit`), and multiplied then, which
 // depends on the tokens and not on the width (`many_tokens`): far less code, and a unit's numbers stay near.
 
-// Written out where the instruction can spread a word of memory over all lanes itself: of intrinsics, g++ 12 makes two.
 #if defined(__AVX512BF16__)
-static inline vec dot_halves(vec sum, uvec value, const uint32_t& pair) {
-  asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(value), "m"(pair));
-  return sum;
+static inline vec dot_halves(vec sum, uvec value, uint32_t pair) {
+  return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)(__m512i)value, (__m512bh)_mm512_set1_epi32((int)pair));
 }
 #endif
 
 // Sums of four products of a code with a whole number each.
 #if defined(__AVX512VNNI__)
-static inline uvec dot_bytes(uvec sum, uvec codes, const uint32_t& four) {
-  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(codes), "m"(four));
-  return sum;
+static inline uvec dot_bytes(uvec sum, uvec codes, uint32_t four) {
+  return (uvec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, _mm512_set1_epi32((int)four));
 }
 #elif defined(__AVX512F__)
 static inline uvec dot_bytes(uvec sum, uvec codes, uint32_t four) {
@@ -36,6 +33,23 @@ static inline uvec dot_bytes(uvec sum, uvec codes, uint32_t four) {
   const __m256i pairs = _mm256_maddubs_epi16((__m256i)codes, _mm256_set1_epi32((int)four));
   return sum + (uvec)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
+#endif
+
+// The same with a word of memory that only one vector meets: the instruction can spread it over the lanes itself, of
+// which g++ 12 makes two.
+#if defined(__AVX512BF16__)
+static inline vec dot_halves_at(vec sum, uvec value, const uint32_t* pair) {
+  asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(value), "m"(*pair));
+  return sum;
+}
+#endif
+#if defined(__AVX512VNNI__)
+static inline uvec dot_bytes_at(uvec sum, uvec codes, const uint32_t* four) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(codes), "m"(*four));
+  return sum;
+}
+#elif defined(__AVX2__)
+static inline uvec dot_bytes_at(uvec sum, uvec codes, const uint32_t* four) { return dot_bytes(sum, codes, *four); }
 #endif
 
 // Words of a unit of activations.
@@ -75,8 +89,8 @@ MOEZIP_UNROLLED
         for (int h = 0; h < 2; ++h) {
           vec& to = sum[2 * (s % 4) + h];
           const int low = PAIRED<PATH, BITS> && s % 2 == 0 ? 7 - BITS - APART<BITS> : 7 - BITS;
-          to = dot_halves(to, halves_value<BITS>(unit, s, h, low), from[s + 8 * h]);
-          if (BITS == 8) to = dot_halves(to, halves_lowest<BITS>(unit, s, h), from[s + 8 * h]);
+          to = dot_halves_at(to, halves_value<BITS>(unit, s, h, low), from + s + 8 * h);
+          if (BITS == 8) to = dot_halves_at(to, halves_lowest<BITS>(unit, s, h), from + s + 8 * h);
         }
     }
 #endif
@@ -87,11 +101,11 @@ MOEZIP_UNROLLED
       for (int s = 0; s < 8; ++s) {
         if (BITS == 8 && !WHOLE_BYTES) {
           const uvec word = unit.line[s % BITS];
-          part[s % 2] = dot_bytes(part[s % 2], word & 0x0F0F0F0Fu, from[s]);
-          high = dot_bytes(high, (word >> 4) & 0x0F0F0F0Fu, from[s]);
+          part[s % 2] = dot_bytes_at(part[s % 2], word & 0x0F0F0F0Fu, from + s);
+          high = dot_bytes_at(high, (word >> 4) & 0x0F0F0F0Fu, from + s);
         } else {
           const int low = PAIRED<PATH, BITS> && s % 2 ? APART<BITS> : 0;
-          part[s % 2] = dot_bytes(part[s % 2], bytes_value<BITS>(unit, s, low), from[s]);
+          part[s % 2] = dot_bytes_at(part[s % 2], bytes_value<BITS>(unit, s, low), from + s);
         }
       }
       if (PAIRED<PATH, BITS>) part[1] = (uvec)((ivec)part[1] >> APART<BITS>);
