@@ -19,6 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask,
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moezip.errors import ArchitectureError
+from moezip.runtime import one_query
 
 # By the name of an attention implementation: that of its twin which leaves the sums behind.
 TWINS = {"sdpa": "moezip_sdpa", "eager": "moezip_eager"}
@@ -54,6 +55,7 @@ def use_twins(model: Any) -> None:
         ArchitectureError: an implementation without one.
     """
     now = model.config._attn_implementation
+    now = "sdpa" if now == one_query.NAME else now
     if now in TWINS.values():
         return
     if now not in TWINS:
@@ -74,7 +76,7 @@ def _sdpa(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **
     if attended is not None:
         whole = 1 < query.shape[2] == key.shape[2]
         attended.received = received(query, key, attention_mask, more.get("scaling")) if whole else None
-    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **more)
+    return one_query.attention(module, query, key, value, attention_mask, **more)
 
 
 def _eager(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **more: Any) -> Any:

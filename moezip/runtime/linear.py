@@ -68,6 +68,8 @@ def decoded(tensors: Mapping[str, torch.Tensor], grid: Grid, dtype: torch.dtype)
 _laying_out = Lock()
 # Bytes of a layer's codes that may be in memory in both forms while they are laid out.
 TWICE = 16 * 2**20
+# What calibration hangs on an experts module that it wants more of than outputs (``moezip.calibrate.experts``).
+WATCHERS = ("_moezip_taken", "_moezip_trace", "_moezip_routed")
 
 
 class Packed(nn.Module):
@@ -292,7 +294,8 @@ class PackedExperts(RaggedExperts):
 
     def run(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         """As ``forward``, whoever calls."""
-        watched = any(name.startswith("_moezip_") for name in self.__dict__)
+        own = self.__dict__
+        watched = any(own.get(name) is not None for name in WATCHERS)
         if not watched and gpu.is_for(hidden_states):
             meant = self._meant(top_k_index).clamp(max=self.num_experts - 1)  # nobody's gates are 0
             found = gpu.experts_forward(self, hidden_states, meant, top_k_weights)

@@ -22,6 +22,7 @@ from moezip.checkpoint.reader import Checkpoint
 from moezip.checkpoint.source import Source
 from moezip.errors import ArchitectureError, CheckpointError, UsageError
 from moezip.formats.packed import Grid
+from moezip.runtime import one_query
 from moezip.runtime.linear import set_activations
 from moezip.runtime.packing import Names, make_packed
 from moezip.runtime.paged import COPY, LentExperts, PagedExperts, RaggedPaged, StockPaged
@@ -76,6 +77,8 @@ def load_paged(
         *(each.template() for each in skeleton.model.modules() if isinstance(each, RaggedPaged)),
     ):
         set_activations(module, activations)
+    if grids:
+        one_query.use(skeleton.model)
     attach(skeleton.model, skeleton.architecture, config, checkpoint.folder)
     pages.reset_stats()
     return _finished(skeleton, pages)

@@ -138,6 +138,7 @@ class MoezipQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         from moezip.arch.ragged import RaggedExperts
+        from moezip.runtime import one_query
         from moezip.runtime.factored import FactoredMatrix
         from moezip.runtime.linear import Packed, PackedExperts
         from moezip.runtime.skipping import attach
@@ -157,9 +158,11 @@ class MoezipQuantizer(HfQuantizer):
                 module.join()
             elif isinstance(module, Packed | FactoredMatrix):
                 module.require_sound(name)
-        for module in model.modules():
-            if isinstance(module, Packed | PackedExperts):
-                module.lay_out()
+        packed = [module for module in model.modules() if isinstance(module, Packed | PackedExperts)]
+        for module in packed:
+            module.lay_out()
+        if packed:
+            one_query.use(model)
         attach(model, *self._skipping)
         return model
 
