@@ -247,7 +247,9 @@ class RaggedPaged(PagedExperts):
         for role, matrix in made.named_children():
             if isinstance(matrix, Packed):
                 matrix.require_sound(self._names[f"{expert}.{role}.weight"])
-                matrix.lay_out()
+                # memory of our own to lay out into, as what was read is no mapped file that would be given back: asking
+                # the system where files are mapped takes 2 ms, most of what reading an expert took
+                matrix.lay_out(products.memory(matrix.code_bytes))
         return made
 
     def _value(self, path: str) -> torch.Tensor:
