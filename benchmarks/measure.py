@@ -37,15 +37,15 @@ class Finished:
     output: str
 
 
-def process(command: Sequence[object], **environment: str) -> Finished:
-    """Runs ``command`` to its end.
+def process(command: Sequence[object], cwd: Path | None = None, **environment: str) -> Finished:
+    """Runs ``command`` to its end, in the folder ``cwd`` if one is given.
 
     Raises:
         SystemExit: it failed; what it said last goes into the message.
     """
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as talk:
         begun = time.perf_counter()
-        child = subprocess.Popen([str(word) for word in command], stdout=output, stderr=talk,
+        child = subprocess.Popen([str(word) for word in command], stdout=output, stderr=talk, cwd=cwd,
                                  env={**os.environ, **environment})  # fmt: skip
         _, status, usage = os.wait4(child.pid, 0)
         seconds = time.perf_counter() - begun

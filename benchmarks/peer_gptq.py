@@ -54,10 +54,11 @@ def main() -> None:
             out = work / "out-peer"
             shutil.rmtree(out, ignore_errors=True)
             command: list[str | Path] = [
-                python, measure.HERE / driver, source, out, "--text", text, "--windows", str(given.windows),
+                python.absolute(), measure.HERE.absolute() / driver, source.absolute(), out.absolute(),
+                "--text", text.absolute(), "--windows", str(given.windows),
                 "--seq-len", str(given.seq_len), "--bits", str(given.bits), "--group", str(given.group),
             ]  # fmt: skip
-            return measure.process(command, HF_HUB_OFFLINE="1")
+            return measure.process(command, cwd=work, HF_HUB_OFFLINE="1")  # some leave logs where they are run
 
         arms: dict[str, Callable[[], measure.Finished]] = {"moezip": ours}
         if given.plain:
