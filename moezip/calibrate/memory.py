@@ -21,7 +21,8 @@ MAPPED_FROM = 4 * 2**20
 KEPT_FREE = 2 * MAPPED_FROM
 # Heaps that threads share. With one for each, what a thread has freed is of no use to the others: GPTQ of 4, 16 and 48
 # layers on two threads peaked at 612, 616 and 646 MiB, and at 580, 598 and 613 with two heaps (measured; no slower).
-HEAPS = 2
+# Many threads would wait for so few, so there is one for every four.
+HEAPS = max(2, (os.cpu_count() or 1) // 4)
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _M_ARENA_MAX = -8
