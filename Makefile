@@ -11,7 +11,7 @@ ARGS ?=
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test sanitize gpu-check compat lint types docs site bench conformance arm-check clean
+.PHONY: help demo test sanitize amx-check gpu-check compat lint types docs site bench conformance arm-check clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -39,6 +39,11 @@ sanitize: .venv/installed
 # g++-aarch64-linux-gnu, qemu-user-static). Half a minute.
 arm-check: .venv/installed
 	$(PY) -m tests.arm
+
+# The kernels for processors with a matrix unit (AMX), its instructions emulated, on one without: a minute. Needs g++ and
+# AVX512 with bf16.
+amx-check: .venv/installed
+	$(PY) -m tests.amx
 
 # The Triton kernels compiled for three GPUs, with none here: 1.5 minutes of processor time. Linux only. This installs
 # Triton (1 GB; the CUDA builds of torch bring it along), without which `make test` leaves out the tests of these kernels.
