@@ -7,7 +7,7 @@ states twice (a layer's experts' inputs are kept beside them), the hessians of o
 under none. The ceiling is the same at every depth.
 
 The peak is the system's own figure for the process (``ru_maxrss``); about 380 MiB of interpreter and libraries are
-inside, 85 MiB more where Triton is installed (``make gpu-check`` does that), as transformers imports the part of
+inside, about 70 MiB more where Triton is installed (``make gpu-check`` does that), as transformers imports the part of
 torch that imports it.
 """
 
