@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,17 +12,18 @@ from moezip.checkpoint.reader import Checkpoint
 from moezip.checkpoint.source import Source
 from moezip.export.mone import Substituted
 from moezip.export.readers import VLLM_NOTE, Planned, planned
-from moezip.export.stock import tensor_bytes, write_checkpoint
+from moezip.export.stock import tensor_bytes
 from moezip.pipeline.calibrate import unrouted
 from moezip.pipeline.common import Clock, Common, opened, refuse_output
 from moezip.pipeline.plan_files import values_beside
 from moezip.pipeline.probes import factor_note
+from moezip.pipeline.reported import write_reported
 from moezip.plan.apply import Applied
 from moezip.plan.packed import Values
 from moezip.plan.plan import Plan
 from moezip.plan.recoded import Recoded
 from moezip.report.card import made_by, model_card, span
-from moezip.report.report import Report, peak_rss_bytes
+from moezip.report.report import Report
 
 if TYPE_CHECKING:
     from moezip.calibrate.statistics import Statistics
@@ -69,35 +70,11 @@ def write_plan(
 ) -> Report:
     """Writes the checkpoint that the plan describes, with its solved ``values``; its report, in which ``notes`` stand
     first.
-
-    The report in the folder counts the time until it is written itself, the one returned all of it.
     """
     applied = planned(source, plan, reader, values)
-    finished: list[Report] = []
-    before = clock.seconds
-
-    def made() -> Report:
-        stages = {**clock.stages, "write": clock.seconds - before}
-        return _report(source, applied, out, clock.seconds, stages, stats, notes)
-
-    def report() -> str:
-        finished.append(made())
-        return finished[-1].to_json()
-
-    with clock.stage("write"):
-        write_checkpoint(
-            applied,
-            plan,
-            out,
-            text=None if applied.changes_nothing else card_of(source, applied, made()),
-            report=report,
-            command=common.command,
-            overwrite=common.overwrite,
-            watch=common.watch,
-        )
-    return replace(
-        finished[-1], seconds=clock.seconds, stages=dict(clock.stages), peak_rss_bytes=peak_rss_bytes()
-    )  # fmt: skip
+    report = _report(source, applied, out, stats, notes)
+    text = None if applied.changes_nothing else card_of(source, applied, report)
+    return write_reported(applied, plan, out, report, text, common, clock)
 
 
 def card_of(source: Source, applied: Planned, report: Report) -> str:
@@ -131,8 +108,6 @@ def _report(
     source: Source,
     applied: Planned,
     out: Path,
-    seconds: float,
-    stages: Mapping[str, float],
     stats: Statistics | None,
     more: Sequence[str],
 ) -> Report:
@@ -177,9 +152,8 @@ def _report(
         experts_after=[len(layer.picks) for layer in plan.layers],
         predicted_nats=None if substituted else plan.made_by.get("predicted_nats"),
         predicted_nats_reason=_no_price(plan, substituted),
-        seconds=seconds,
-        peak_rss_bytes=peak_rss_bytes(),
-        stages=stages,
+        seconds=0.0,
+        peak_rss_bytes=0,
         price_factors=plan.made_by.get("price_factors", {}),
         method=plan.made_by.get("method"),
         settings=plan.made_by.get("settings", {}),

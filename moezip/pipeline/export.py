@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -16,12 +16,13 @@ from moezip.export.formats import COMPRESSED, FORMATS, GGUF, GPTQ, SAFETENSORS
 from moezip.export.packed import GPTQ_IN_TRANSFORMERS, as_compressed_tensors, as_gptq, codes_of, misread, unread
 from moezip.export.readers import READERS
 from moezip.export.remade import stock_config
-from moezip.export.stock import PLAN, tensor_bytes, write_checkpoint
+from moezip.export.stock import PLAN, tensor_bytes
 from moezip.pipeline.common import Clock, Common, Opened, opened, refuse_output
+from moezip.pipeline.reported import write_reported
 from moezip.registry import lookup
 from moezip.report.card import made_by, model_card
 from moezip.report.overview import overview
-from moezip.report.report import Report, peak_rss_bytes
+from moezip.report.report import Report
 
 Form = Literal["stock", "moezip", "mone", "compressed-tensors", "gptq"]
 
@@ -114,29 +115,9 @@ def write_export(
     model: Opened, export: Export, out: Path, to: str, plan: bytes | None, common: Common, clock: Clock
 ) -> Report:
     """Writes what ``export_of`` made of the model, with the plan that made the model; its report."""
-    finished: list[Report] = []
-    begun = clock.seconds
-
     base = _report(model, export, out, to)
-
-    def report() -> str:
-        stages = {**clock.stages, "write": clock.seconds - begun}
-        finished.append(replace(base, seconds=clock.seconds, stages=stages, peak_rss_bytes=peak_rss_bytes()))
-        return finished[-1].to_json()
-
-    with clock.stage("write"):
-        write_checkpoint(
-            export.view,
-            None,
-            out,
-            text=card_of(model, export, base, to),
-            report=report,
-            command=common.command,
-            extra=None if plan is None else {PLAN: plan},
-            overwrite=common.overwrite,
-            watch=common.watch,
-        )
-    return replace(finished[-1], seconds=clock.seconds, stages=dict(clock.stages), peak_rss_bytes=peak_rss_bytes())
+    extra = None if plan is None else {PLAN: plan}
+    return write_reported(export.view, None, out, base, card_of(model, export, base, to), common, clock, extra)
 
 
 def _report(model: Opened, export: Export, out: Path, to: str) -> Report:
@@ -152,7 +133,7 @@ def _report(model: Opened, export: Export, out: Path, to: str) -> Report:
         predicted_nats=None,
         predicted_nats_reason="an export changes no weight",
         seconds=0.0,
-        peak_rss_bytes=peak_rss_bytes(),
+        peak_rss_bytes=0,
         method=f"export to {to}",
         source=str(model.source.folder),
         stock=export.form == "stock",

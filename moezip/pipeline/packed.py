@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,14 +11,15 @@ from moezip.arch.experts import decoded
 from moezip.checkpoint.reader import Checkpoint
 from moezip.checkpoint.source import Source
 from moezip.errors import PlanError
-from moezip.export.stock import tensor_bytes, write_checkpoint
+from moezip.export.stock import tensor_bytes
 from moezip.pipeline.common import Clock, Common, Opened
+from moezip.pipeline.reported import write_reported
 from moezip.plan.apply import Applied
 from moezip.plan.merged import CheckpointValues, Merged
 from moezip.plan.packed import Packed
 from moezip.plan.plan import Plan
 from moezip.report.card import made_by, model_card
-from moezip.report.report import Report, peak_rss_bytes
+from moezip.report.report import Report
 
 if TYPE_CHECKING:
     from moezip.pipeline.export import Form
@@ -66,50 +67,26 @@ def write_packed(
     """Writes the packed checkpoint; its report."""
     source = about.model.source
     view, form, warnings = readable(packed, about.reader)
-    finished: list[Report] = []
-    before = clock.seconds
-
-    def made() -> Report:
-        stages = {**clock.stages, "write": clock.seconds - before}
-        return Report(
-            out=str(out),
-            bytes_before=tensor_bytes(source),
-            bytes_after=tensor_bytes(view),
-            bits_per_weight=bits_per_weight(packed),
-            experts_before=[layer.experts for layer in plan.layers],
-            experts_after=[len(layer.picks) for layer in plan.layers],
-            predicted_nats=about.nats,
-            predicted_nats_reason=None if about.nats is not None else NO_PRICE,
-            seconds=clock.seconds,
-            peak_rss_bytes=peak_rss_bytes(),
-            stages=stages,
-            method=about.method,
-            settings=plan.made_by.get("settings", {}),
-            source=str(source.folder),
-            statistics={each["name"]: each["tokens"] for each in plan.made_by.get("domains", [])},
-            stock=False,
-            form=form,
-            notes=[*notes, *warnings],
-        )
-
-    def report() -> str:
-        finished.append(made())
-        return finished[-1].to_json()
-
-    with clock.stage("write"):
-        write_checkpoint(
-            view,
-            plan,
-            out,
-            text=card_of(about, plan, packed, view, made()),
-            report=report,
-            command=common.command,
-            overwrite=common.overwrite,
-            watch=common.watch,
-        )
-    return replace(
-        finished[-1], seconds=clock.seconds, stages=dict(clock.stages), peak_rss_bytes=peak_rss_bytes()
-    )  # fmt: skip
+    report = Report(
+        out=str(out),
+        bytes_before=tensor_bytes(source),
+        bytes_after=tensor_bytes(view),
+        bits_per_weight=bits_per_weight(packed),
+        experts_before=[layer.experts for layer in plan.layers],
+        experts_after=[len(layer.picks) for layer in plan.layers],
+        predicted_nats=about.nats,
+        predicted_nats_reason=None if about.nats is not None else NO_PRICE,
+        seconds=0.0,
+        peak_rss_bytes=0,
+        method=about.method,
+        settings=plan.made_by.get("settings", {}),
+        source=str(source.folder),
+        statistics={each["name"]: each["tokens"] for each in plan.made_by.get("domains", [])},
+        stock=False,
+        form=form,
+        notes=[*notes, *warnings],
+    )
+    return write_reported(view, plan, out, report, card_of(about, plan, packed, view, report), common, clock)
 
 
 def readable(packed: Packed, reader: str | None) -> tuple[Source, Form, tuple[str, ...]]:

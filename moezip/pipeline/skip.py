@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moezip.arch.layout import own_format
 from moezip.errors import ArchitectureError, UsageError
 from moezip.export.skipping import WithSkipping, explained
-from moezip.export.stock import PLAN, tensor_bytes, write_checkpoint
+from moezip.export.stock import PLAN, tensor_bytes
 from moezip.pipeline.calibrate import forget, require_files, resumable, work_folder
 from moezip.pipeline.common import Clock, Common, Opened, opened, refuse_output
+from moezip.pipeline.reported import write_reported
 from moezip.progress import Progress
 from moezip.registry import Method, lookup, parse_params
 from moezip.report.card import made_by, model_card
 from moezip.report.overview import overview
-from moezip.report.report import Report, peak_rss_bytes
+from moezip.report.report import Report
 from moezip.runtime.skipping import MASKS, Skipping, masks_bytes
 
 if TYPE_CHECKING:
@@ -156,32 +157,16 @@ def skip_command(checkpoint: str, out: Path, job: SkipJob, common: Common) -> Re
 def write_skip(prepared: PreparedSkip, learnt: Learnt, job: SkipJob, out: Path, common: Common, clock: Clock) -> Report:
     """Writes the checkpoint with its rule; its report."""
     source = prepared.model.source
-    finished: list[Report] = []
     view = WithSkipping(source, learnt.skipping)
     lines = [f"{made_by(f'`moezip skip --rule {prepared.method.name}`')}.", "", *explained(learnt.skipping)]
-    card = model_card(source, view, _report(prepared, learnt, job, out, clock), "skipping experts", lines)
-
-    def report() -> str:
-        finished.append(_report(prepared, learnt, job, out, clock))
-        return finished[-1].to_json()
-
+    report = _report(prepared, learnt, job, out)
+    card = model_card(source, view, report, "skipping experts", lines)
     plan = source.folder / PLAN
-    with clock.stage("write"):
-        write_checkpoint(
-            view,
-            None,
-            out,
-            text=card,
-            report=report,
-            command=common.command,
-            extra={**({PLAN: plan.read_bytes()} if plan.is_file() else {}), **learnt.extra},
-            overwrite=common.overwrite,
-            watch=common.watch,
-        )
-    return replace(finished[-1], seconds=clock.seconds, stages=dict(clock.stages), peak_rss_bytes=peak_rss_bytes())
+    extra = {**({PLAN: plan.read_bytes()} if plan.is_file() else {}), **learnt.extra}
+    return write_reported(view, None, out, report, card, common, clock, extra)
 
 
-def _report(prepared: PreparedSkip, learnt: Learnt, job: SkipJob, out: Path, clock: Clock) -> Report:
+def _report(prepared: PreparedSkip, learnt: Learnt, job: SkipJob, out: Path) -> Report:
     model, counts = prepared.model, [fact.experts for fact in prepared.model.facts]
     size = tensor_bytes(model.source)
     notes = [f"on its text the rule drops {learnt.share:.1%} of the expert calls"]
@@ -198,9 +183,8 @@ def _report(prepared: PreparedSkip, learnt: Learnt, job: SkipJob, out: Path, clo
         experts_after=counts,
         predicted_nats=None,
         predicted_nats_reason=NO_PRICE,
-        seconds=clock.seconds,
-        peak_rss_bytes=peak_rss_bytes(),
-        stages=dict(clock.stages),
+        seconds=0.0,
+        peak_rss_bytes=0,
         method=f"skip {prepared.method.name}",
         settings={**asdict(prepared.params), "renormalise": prepared.renormalise},
         source=str(model.source.folder),
