@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moezip.arch.families import identify
-from moezip.arch.layout import tripwire_of
-from moezip.arch.spec import LayerFacts
 from moezip.checkpoint.source import Source
 from moezip.errors import PlanError, UsageError
 from moezip.formats.packed import Grid
 from moezip.pipeline.bits import WIDTHS, Job, PriceTable, price_bits
 from moezip.pipeline.calibrate import run_calibration
 from moezip.pipeline.common import Common, Opened
+from moezip.pipeline.dropping import freed, without
 from moezip.pipeline.flat import GAP, flat_costs, flat_drops, flat_prices, flat_scores
 from moezip.plan.allocators import ALLOCATORS
-from moezip.plan.apply import Applied
 from moezip.plan.bits import allocate
 from moezip.plan.importance import block_importance, by_score, outlier_score
 from moezip.plan.lp import GAP as SOLVED_GAP
-from moezip.plan.plan import LayerPlan, Pick, Plan
+from moezip.plan.plan import Plan
 from moezip.plan.pmq import WIDTHS as PMQ_WIDTHS
 from moezip.plan.pmq import code_bits, costs, pmq
 from moezip.plan.price import expert_prices
@@ -54,9 +49,6 @@ if TYPE_CHECKING:
 LEAST_OTHERS = 4
 # Linears that are no experts' are read by every token: the allocators leave them at least so many bits.
 LEAST_FREE = 2
-# Layer, and expert, in the name of a tensor.
-OF_LAYER = re.compile(r"\.layers\.(\d+)\.")
-OF_EXPERT = re.compile(r"\.layers\.(\d+)\..*\bexperts\.(\d+)\.")
 # What ``Wanted.allocate`` is where a plan brings the widths.
 PLANNED = "plan"
 
@@ -288,20 +280,6 @@ class Chooser:
             )
         return self.wanted.size - rest
 
-    def _freed(self, matrices: Sequence[Matrix]) -> dict[int, int]:
-        """By layer, bytes that an expert takes along beside its matrices; with ``--bits`` they do not count."""
-        if self.wanted.size is None:
-            return {}
-        facts = [fact for fact in self.model.facts if fact.experts > fact.groups]
-        last = {
-            fact.layer: tuple(range(fact.experts // fact.groups - 1, fact.experts, fact.experts // fact.groups))
-            for fact in facts
-        }
-        fewer, _ = without(self.plan, last, self.model.facts)
-        named = {matrix.name for matrix in matrices}
-        before, after = (_rest_by_layer(view, named) for view in (self.split, Applied(self.plain, fewer, split=True)))
-        return {fact.layer: (before[fact.layer] - after[fact.layer]) // fact.groups for fact in facts}
-
     def _expert_prices(self, stats: Statistics) -> dict[int, Any]:
         """Per layer, [E], the price of each expert's going."""
         each = [expert_prices(domain) for domain in stats.domains]
@@ -319,7 +297,9 @@ class Chooser:
             self._budget(matrices),
             facts=self.model.facts,
             drops=drops,
-            freed=None if drops is None else self._freed(matrices),
+            freed=None
+            if drops is None or self.wanted.size is None  # --bits counts the matrices alone
+            else freed(self.plain, self.split, self.plan, self.model.facts, {matrix.name for matrix in matrices}),
             granularity=granularity,
             reader=self.wanted.reader,
             gap=gap,
@@ -458,47 +438,9 @@ def _allowed(nats: Mapping[Form, float], bits: int) -> dict[Form, float]:
     return chosen
 
 
-def _rest_by_layer(view: Source, named: Set[str | None]) -> Counter[int]:
-    """Bytes of each layer's tensors that are not ``named``, nor there for the loader alone."""
-    named = {*named, tripwire_of(identify(view.config, view.folder), view.config)}
-    found: Counter[int] = Counter()
-    for name in view.names():
-        place = OF_LAYER.search(name)
-        if name not in named and place is not None:
-            found[int(place.group(1))] += view.spec(name).bytes
-    return found
-
-
 def scored(plan: Plan, prices: Mapping[int, Any]) -> Plan:
     """The plan with the experts' prices as their scores, for its reader; as it is where others were chosen before."""
     if any(len(prices[layer.layer]) != layer.experts for layer in plan.layers):
         return plan
     layers = (replace(layer, scores=tuple(float(price) for price in prices[layer.layer])) for layer in plan.layers)
     return replace(plan, layers=tuple(layers))
-
-
-def without(plan: Plan, dropped: Mapping[int, Sequence[int]], facts: Sequence[LayerFacts]) -> tuple[Plan, Any]:
-    """The plan without some experts, and the new name of a matrix.
-
-    Raises:
-        PlanError: experts would go of a plan that has chosen some already.
-    """
-    if not dropped:
-        return plan, lambda name: name
-    kept = {fact.layer: [e for e in range(fact.experts) if e not in set(dropped.get(fact.layer, ()))] for fact in facts}
-    if any(layer.kept != tuple(range(layer.experts)) for layer in plan.layers):
-        raise PlanError("experts cannot be dropped from a plan that has chosen some", next="use --set drops=false")
-    layers = tuple(
-        LayerPlan(layer.layer, layer.experts, tuple(Pick.keep(expert) for expert in kept[layer.layer]))
-        for layer in plan.layers
-    )
-    places = {(layer, expert): place for layer, row in kept.items() for place, expert in enumerate(row)}
-
-    def renumbered(name: str) -> str:
-        found = OF_EXPERT.search(name)
-        if found is None:
-            return name
-        place = places[int(found.group(1)), int(found.group(2))]
-        return f"{name[: found.start(2)]}{place}{name[found.end(2) :]}"
-
-    return replace(plan, layers=layers), renumbered
