@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from moezip import kernels
-from moezip.kernels import build, products
+from moezip.kernels import build, products, unpacked
 from moezip.kernels.native import Native
 from tests import test_packed_kernels as packed
+from tests import test_unpacked as unpacked_tests
 from tests.test_kernels import SHAPES, dyadic, weights
 
 FLAGS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
@@ -82,6 +83,32 @@ def exercise_products(library: Native) -> int:
                 table.run(given, ids, chosen, gate, threads=1)
                 table.run(given, ids, chosen, gate, activations="int8", threads=3)
                 calls += 2
+    return calls + exercise_unpacked(library)
+
+
+def exercise_unpacked(library: Native) -> int:
+    """The same for what stands between them."""
+    calls = 0
+    for rows, columns, tokens in unpacked_tests.SHAPES:
+        for made in (unpacked_tests.drawn, unpacked_tests.halves):
+            for bias in (None, made(rows)):
+                unpacked.linear(made(rows, columns), made(tokens, columns), bias, threads=3, library=library)
+            unpacked.rms_norm(made(tokens, columns), made(columns), 1e-6, threads=3, library=library)
+            calls += 3
+    halves = unpacked_tests.halves
+    for batch, heads, shared, length, width, out in unpacked_tests.ATTENDED:
+        x, angles = halves(batch, heads, width), (halves(batch, width // 4 * 2), halves(batch, width // 4 * 2))
+        for weight in (None, halves(width)):
+            unpacked.turn(x, *angles, weight, 1e-6, threads=3, library=library)
+        keys, values = halves(batch, shared, length, width), halves(batch, shared, length, out)
+        looks = np.arange(batch * length).reshape(batch, 1, length) % 3 > 0
+        for mask in (None, looks, looks.astype(np.float32), looks.astype(np.uint16)):
+            for matrix in (None, (halves(33, heads * out), None)):
+                unpacked.attend(x, keys, values, mask, 0.1, matrix, threads=3, library=library)
+        for kind in ("packed", "bias"):
+            made_of = [unpacked_tests.matrix(kind, n * width, 96, library, n) for n in (heads, shared, shared)]
+            unpacked.heads(made_of, halves(batch, 96), width, *angles, threads=3, library=library)
+        calls += 12
     return calls
 
 

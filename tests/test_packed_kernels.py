@@ -348,7 +348,7 @@ def test_copies_point_to_memory_of_their_own_or_kept_alive() -> None:
     x, ids, weights = routed(4)
     wanted = table.run(x, ids, weights, "silu")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(products, "_native", native)
+        patch.setattr(products, "native", native)
         copies = [copy.deepcopy(table), pickle.loads(pickle.dumps(table))]
     del table
     for each in copies:

@@ -7,6 +7,7 @@ threads run during a call. Outputs are made here.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,11 @@ _ARGUMENTS = {
     "moezip_plain": "ii p ip",
     "moezip_linear": "ii p i pil p",
     "moezip_experts": "ii pll iiff pill pp p",
+    "moezip_dense": "ii pill p pl p",
+    "moezip_norm": "ii pilll p fi p",
+    "moezip_turn": "ii plll pf pp ll p",
+    "moezip_heads": "ii pi pl l pfpfi pp ll ppp",
+    "moezip_attend": "ii ppp llll ll ll lll lll pill f pi p",
 }
 _FAILURES = {1: "out of memory in a kernel"}
 _NO_EXPERT = 4
@@ -77,7 +83,11 @@ class Native:
             raise ValueError(f"this machine has no {isa}, it has {', '.join(self.sets)}")
         self._set = best if isa is None else self.sets.index(isa)
         self.isa = self.sets[self._set]
-        self._linear = self._library.moezip_linear  # looked up once: a call may take ten microseconds
+        # looked up once: a call may take ten microseconds
+        self._linear = self._library.moezip_linear
+        self._dense, self._norm, self._turn, self._heads, self._attend = (
+            getattr(self._library, f"moezip_{name}") for name in ("dense", "norm", "turn", "heads", "attend")
+        )
 
     def _call(self, name: str, threads: int, *arguments: float | None) -> None:
         _require(getattr(self._library, name)(self._set, threads, *arguments))
@@ -260,6 +270,53 @@ class Native:
         if failed == _NO_EXPERT:
             raise ValueError(f"a token was sent to an expert beyond the last of {count}")
         _require(failed)
+
+    def dense(
+        self, weight: int, dtype: int, shape: tuple[int, int], bias: int | None, x: int, tokens: int, out: int,
+        threads: int,
+    ) -> None:  # fmt: skip
+        """Addresses; ``shape``: rows, columns."""
+        failed = self._dense(self._set, threads, weight, dtype, *shape, bias, x, tokens, out)
+        if failed:
+            _require(failed)
+
+    def norm(
+        self, x: int, dtype: int, shape: tuple[int, int, int], weight: int, epsilon: float, once: bool, out: int,
+        threads: int,
+    ) -> None:  # fmt: skip
+        """Addresses; ``shape``: tokens, columns, numbers from token to token."""
+        failed = self._norm(self._set, threads, x, dtype, *shape, weight, epsilon, once, out)
+        if failed:
+            _require(failed)
+
+    def turn(
+        self, x: int, shape: tuple[int, int, int], weight: int | None, epsilon: float,
+        positions: tuple[int, int, int, int], out: int, threads: int,
+    ) -> None:  # fmt: skip
+        """Addresses; ``shape``: sequences, heads, width; ``positions``: as the last of ``Turn`` but ``out``."""
+        failed = self._turn(self._set, threads, x, *shape, weight, epsilon, *positions, out)
+        if failed:
+            _require(failed)
+
+    def heads(
+        self, matrices: int, path: int, x: int, batch: int, width: int,
+        norms: tuple[int | None, float, int | None, float, bool], positions: tuple[int, int, int, int],
+        out: tuple[int, int, int], threads: int,
+    ) -> None:  # fmt: skip
+        """As ``Heads`` of ``cpu/kernels.h`` has them, in its order; ``matrices``: the address of three ``Either``."""
+        failed = self._heads(self._set, threads, matrices, path, x, batch, width, *norms, *positions, *out)
+        if failed:
+            _require(failed)
+
+    def attend(
+        self, addresses: tuple[int, int, int], shape: Sequence[int], strides: Sequence[int],
+        mask: tuple[int | None, int, int, int], scaling: float, matrix: tuple[int | None, int], out: int, threads: int,
+    ) -> None:  # fmt: skip
+        """As ``Attend`` of ``cpu/kernels.h`` has them, in its order; ``matrix``: the address of an ``Either``, by which
+        heads are multiplied, and the path of that; or None."""
+        failed = self._attend(self._set, threads, *addresses, *shape, *strides, *mask, scaling, *matrix, out)
+        if failed:
+            _require(failed)
 
 
 def _require(failed: int) -> None:

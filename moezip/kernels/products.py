@@ -138,7 +138,7 @@ def lay(
         into = memory(size)
     check.vector("into", into, np.uint8, size)
     codes = into.reshape(blocks, units, bits, LINE)
-    (library or _native()).relay(packed, columns, groups, bits, codes, threads)
+    (library or native()).relay(packed, columns, groups, bits, codes, threads)
     return Laid(
         codes, _in_blocks(scales), None if zeros is None else _in_blocks(zeros), _padded(steps), _padded(bias),
         rows, columns, groups, bits, kind,
@@ -148,7 +148,7 @@ def lay(
 def codes(laid: Laid, *, threads: int = 1, library: Any = None) -> NDArray[np.uint8]:
     """The codes [R, C], a byte each."""
     check.threads(threads)
-    used = library or _native()
+    used = library or native()
     found: NDArray[np.uint8] = used.unrelay(laid.codes, laid.rows, laid.columns, laid.groups, laid.bits, threads)
     return found
 
@@ -174,7 +174,7 @@ def plain(laid: Laid, *, dtype: str = "float32", threads: int = 1, library: Any 
     size = laid.columns * laid.rows * (2 if halves else 4)
     out = memory(size).view(np.uint16 if halves else np.float32).reshape(laid.columns, laid.rows)
     matrix = np.array(laid.described(), np.int64)
-    (library or _native()).plain(matrix, _BF16 if halves else _F32, out, threads)
+    (library or native()).plain(matrix, _BF16 if halves else _F32, out, threads)
     return out
 
 
@@ -202,16 +202,16 @@ class Linear:
 
     def __init__(self, laid: Laid, library: Any = None):
         self.laid = laid
-        self._library = library or _native()
+        self._library = library or native()
         self._described = np.array(laid.described(), np.int64)
-        self._address = self._described.ctypes.data
+        self.address = self._described.ctypes.data  # of the numbers by which the library knows the matrix
 
     def __reduce__(self) -> Any:
         return Linear, (self.laid,)  # addresses are not copied
 
     def run_at(self, x: int, bf16: bool, tokens: int, out: int, activations: str, threads: int) -> None:
         """``x`` [tokens, C] and ``out`` [tokens, R]: contiguous, bf16 or float32, at these addresses."""
-        self._library.linear(self._address, _path(bf16, activations), x, _BF16 if bf16 else _F32, tokens, out, threads)
+        self._library.linear(self.address, path_of(bf16, activations), x, _BF16 if bf16 else _F32, tokens, out, threads)
 
 
 class Experts:
@@ -233,7 +233,7 @@ class Experts:
         library: Any = None,
     ):
         self.hidden = hidden
-        self._library = library or _native()
+        self._library = library or native()
         self._given = (list(experts), hidden, constants)  # what the table points into
         self._constants = [None if each is None else _padded(each) for each in constants or [None] * len(experts)]
         layouts: dict[tuple[int, int], int] = {}
@@ -327,7 +327,7 @@ class Experts:
             ValueError: an id beyond the last expert.
         """
         self._library.experts(
-            self._address, len(self.table), top_k, _path(bf16, activations), (GATES[gate[0]], gate[1], gate[2]),
+            self._address, len(self.table), top_k, path_of(bf16, activations), (GATES[gate[0]], gate[1], gate[2]),
             (x, _BF16 if bf16 else _F32, tokens, self.hidden), ids, weights, out, threads,
         )  # fmt: skip
 
@@ -365,7 +365,12 @@ def _padded(values: NDArray[np.float32] | None) -> NDArray[np.float32] | None:
     return whole
 
 
-def _path(bf16: bool, activations: str) -> int:
+def path_of(bf16: bool, activations: str) -> int:
+    """What the library calls such activations.
+
+    Raises:
+        ValueError: neither ``exact`` nor ``int8``.
+    """
     if activations == "int8":
         return _BYTES
     if activations != "exact":
@@ -373,7 +378,12 @@ def _path(bf16: bool, activations: str) -> int:
     return _HALVES if bf16 else _FLOATS
 
 
-def _native() -> Any:
+def native() -> Any:
+    """The library in use.
+
+    Raises:
+        ValueError: there is none.
+    """
     from moezip import kernels
 
     if not kernels.status().native:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from moezip.kernels import SHRINK, Status, products, products_reference, reference
+from moezip.kernels import SHRINK, Status, products, products_reference, reference, unpacked, unpacked_reference
 
 # Sums of products in another order, in fp32.
 SUMS = 1e-4
@@ -138,6 +138,29 @@ def checks(native: Any, rows: int, columns: int, widths: Iterable[int], threads:
         true = products_reference.experts([None, plain], *given, ("silu", 1.0, 0.0))
         return bool(np.abs(found - true).max() <= SUMS * np.abs(true).max())
 
+    def between_agrees() -> bool:
+        """Plain products, norms, heads and attention of one token, in bf16."""
+        half = columns // 2
+        weight_of = unpacked_reference.to_halves(weight)
+        x, angles = halves[:2], (halves[2:4, :half].copy(), halves[4:6, :half].copy())
+        true_x, true_weight = unpacked_reference.from_halves(x), unpacked_reference.from_halves(weight_of)
+        near = [(unpacked.linear(weight_of, x, threads=threads, library=native), true_x @ true_weight.T)]
+        near.append((
+            unpacked.rms_norm(x, halves[6], 1e-6, threads=threads, library=native),
+            unpacked_reference.rms_norm(true_x, unpacked_reference.from_halves(halves[6]), 1e-6, True),
+        ))  # fmt: skip
+        heads, keys = x.reshape(2, 2, half), halves[:24].reshape(2, 1, -1, half)
+        true_heads, true_keys = unpacked_reference.from_halves(heads), unpacked_reference.from_halves(keys)
+        near.append((
+            unpacked.turn(heads, *angles, threads=threads, library=native),
+            unpacked_reference.turn(true_heads, *map(unpacked_reference.from_halves, angles)),
+        ))  # fmt: skip
+        near.append((
+            unpacked.attend(heads, keys, keys, None, 0.1, threads=threads, library=native),
+            unpacked_reference.attend(true_heads, true_keys, true_keys, None, 0.1),
+        ))  # fmt: skip
+        return all(np.abs(_floats(found) - true).max() <= ROUNDED * np.abs(true).max() for found, true in near)
+
     chance = np.random.default_rng(3)
     yield "factor", factor_agrees
     yield "descent", lambda: descent_agrees(3, "F16") and descent_agrees(1, "BF16") and descent_agrees(2, None)
@@ -145,6 +168,7 @@ def checks(native: Any, rows: int, columns: int, widths: Iterable[int], threads:
         yield f"{bits} bits", at(bits, symmetric=bits % 2 == 1)
         yield f"products at {bits} bits", partial(products_agree, bits)
     yield "products of a layer", layer_agrees
+    yield "between the products", between_agrees
     yield "second moment", lambda: moment(inputs, None)
     yield "second moment, weighted", lambda: moment(inputs, token_weights)
     yield "second moment of bf16", lambda: moment(halves, None)

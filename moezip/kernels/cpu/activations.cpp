@@ -6,36 +6,10 @@ namespace MOEZIP_ISA {
 
 // -- activations as products read them ----------------------------------------------------------------------------
 
-// Sum and largest of the lanes, by halves.
-static inline float sum_of(vec v) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_ps((__m512)v);
-#elif defined(__AVX2__)
-  __m128 half = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
-  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
-  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
-#else
-  return (v[0] + v[2]) + (v[1] + v[3]);
-#endif
-}
-
 // Lanes of even numbers; 0 in the others.
 static inline vec evenly(vec v) {
   typedef uint64_t pairs __attribute__((vector_size(4 * LANES)));
   return (vec)((pairs)v & 0xFFFFFFFFu);
-}
-
-static inline float largest_of(vec v) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_max_ps((__m512)v);
-#elif defined(__AVX2__)
-  __m128 half = _mm_max_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
-  half = _mm_max_ps(half, _mm_movehl_ps(half, half));
-  return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
-#else
-  const float even = v[0] > v[2] ? v[0] : v[2], odd = v[1] > v[3] ? v[1] : v[3];
-  return even > odd ? even : odd;
-#endif
 }
 
 constexpr int UNIT_VECTORS = (int)UNIT / LANES;

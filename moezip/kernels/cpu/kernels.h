@@ -150,6 +150,78 @@ struct Plain {
   void* out;  // [columns, rows]
 };
 
+// -- what is not packed ---------------------------------------------------------------------------------------------
+
+// Five numbers each, as kernels/native.py lays them down; numbers of the weight and the bias are of the dtype of x.
+struct Either {
+  int64_t packed;  // address of a Matrix; then the rest is not read
+  int64_t weight;  // address, [rows, columns]
+  int64_t rows, columns;
+  int64_t bias;  // address, [rows], or 0
+};
+
+struct Dense {
+  const void* weight;  // [rows, columns] of dtype
+  int dtype;
+  int64_t columns;
+  const void* x;  // [tokens, columns] of dtype
+  int64_t tokens;
+};
+constexpr int64_t DENSE_AHEAD = 8192;  // as AHEAD of packed matrices
+
+struct Norm {
+  const void* x;  // [tokens, columns] of dtype, tokens `stride` numbers apart
+  int dtype;
+  int64_t tokens, columns, stride;
+  const void* weight;  // [columns] of dtype
+  float epsilon;
+  void* out;  // [tokens, columns] of dtype
+  bool once;  // bf16 is rounded after the weight alone; else before it too
+};
+
+// What attention does before the cache, with a token of each sequence; all in bf16.
+struct Heads {
+  const Either* matrices;  // of queries, keys and values
+  const uint16_t* x;       // [batch, columns]
+  int64_t batch, width;    // numbers of a head
+  const uint16_t* weights[2];  // of RMS norms of queries and keys, or null: [width] of each head, or
+  int whole;                   // of all heads of a token as one
+  float epsilons[2];
+  const uint16_t *cosine, *sine;
+  int64_t turned, stride;  // as Turn has them
+  uint16_t* out[3];
+};
+
+// Heads of queries or keys, normed and turned by their positions; all in bf16.
+struct Turn {
+  const uint16_t* x;  // [batch, heads, width]
+  int64_t batch, heads, width;
+  const uint16_t* weight;  // of an RMS norm of each head, [width]; or null
+  float epsilon;
+  const uint16_t *cosine, *sine;  // [batch or 1, turned]
+  int64_t turned, stride;         // the first columns of a head, an even number; from sequence to sequence, or 0
+  uint16_t* out;                  // [batch, heads, width]
+};
+constexpr int64_t WIDEST_HEAD = 1024;
+
+enum { NO_MASK = 0, LOOKS = 1, ADDED_BF16 = 2, ADDED_F32 = 3 };
+constexpr int64_t HEADS_AT_ONCE = 4;
+
+// One query for each sequence of a batch; all in bf16. Numbers of a head or token lie side by side.
+struct Attend {
+  const uint16_t *query, *key, *value;
+  int64_t batch, heads, shared, length;  // `shared` heads of keys and values
+  int64_t width, out_width;              // of queries and keys, and of values
+  int64_t query_batch, query_head;       // numbers from one to the next
+  int64_t key_batch, key_head, key_token;
+  int64_t value_batch, value_head, value_token;
+  const void* mask;  // of mask_kind: bytes, not 0 where a token is looked at; or what is added to its score
+  int mask_kind;
+  int64_t mask_batch, mask_head;  // 0 where one is for all
+  float scaling;
+  uint16_t* out;  // [batch, heads, out_width]
+};
+
 // Functions over rows take [first, last); they return OK or NO_MEMORY.
 struct Kernels {
   const char* name;
@@ -175,6 +247,10 @@ struct Kernels {
   int (*relay)(const Relay&, int64_t first, int64_t last);    // blocks
   int (*unrelay)(const Relay&, int64_t first, int64_t last);  // blocks
   int (*plain)(const Plain&, int64_t first, int64_t last);      // pairs of blocks
+  void (*dense)(const Dense&, int64_t first, int64_t rows, float* out);  // out [tokens, rows]
+  void (*norm)(const Norm&, int64_t first, int64_t last);                // tokens
+  void (*turn)(const Turn&, int64_t first, int64_t last);  // heads of all sequences
+  int (*attend)(const Attend&, int64_t first, int64_t last);  // up to HEADS_AT_ONCE heads that share keys
 };
 
 }  // namespace moezip

@@ -319,11 +319,8 @@ MOEZIP_API int moezip_plain(int set, int threads, const Matrix* matrix, int dtyp
 
 MOEZIP_API int moezip_linear(int set, int threads, const Matrix* matrix, int path, const void* x, int dtype,
                              int64_t tokens, void* out) {
-  try {
-    return linear(*SETS[set], threads, *matrix, path, x, dtype, tokens, out);
-  } catch (const std::bad_alloc&) {
-    return NO_MEMORY;
-  }
+  const Either either = {reinterpret_cast<int64_t>(matrix), 0, 0, 0, 0};
+  return multiply(*SETS[set], threads, &either, 1, path, x, dtype, tokens, &out);
 }
 
 MOEZIP_API int moezip_experts(int set, int threads, const Matrix* table, int64_t experts, int64_t top_k, int path,
@@ -336,4 +333,44 @@ MOEZIP_API int moezip_experts(int set, int threads, const Matrix* table, int64_t
   } catch (const std::bad_alloc&) {
     return NO_MEMORY;
   }
+}
+
+MOEZIP_API int moezip_dense(int set, int threads, const void* weight, int dtype, int64_t rows, int64_t columns,
+                            const void* bias, const void* x, int64_t tokens, void* out) {
+  const Either either = {0, reinterpret_cast<int64_t>(weight), rows, columns, reinterpret_cast<int64_t>(bias)};
+  return multiply(*SETS[set], threads, &either, 1, FLOATS, x, dtype, tokens, &out);
+}
+
+MOEZIP_API int moezip_norm(int set, int threads, const void* x, int dtype, int64_t tokens, int64_t columns,
+                           int64_t stride, const void* weight, float epsilon, int once, void* out) {
+  return moezip::norm(*SETS[set], threads, {x, dtype, tokens, columns, stride, weight, epsilon, out, once != 0});
+}
+
+MOEZIP_API int moezip_turn(int set, int threads, const uint16_t* x, int64_t batch, int64_t heads, int64_t width,
+                           const uint16_t* weight, float epsilon, const uint16_t* cosine, const uint16_t* sine,
+                           int64_t turned, int64_t stride, uint16_t* out) {
+  return moezip::turn(*SETS[set], threads,
+                      {x, batch, heads, width, weight, epsilon, cosine, sine, turned, stride, out});
+}
+
+MOEZIP_API int moezip_heads(int set, int threads, const Either* matrices, int path, const uint16_t* x, int64_t batch,
+                            int64_t width, const uint16_t* query_weight, float query_epsilon,
+                            const uint16_t* key_weight, float key_epsilon, int whole, const uint16_t* cosine,
+                            const uint16_t* sine, int64_t turned, int64_t stride, uint16_t* query, uint16_t* key,
+                            uint16_t* value) {
+  const Heads job = {matrices, x, batch, width, {query_weight, key_weight}, whole, {query_epsilon, key_epsilon},
+                     cosine, sine, turned, stride, {query, key, value}};
+  return moezip::heads(*SETS[set], threads, job, path);
+}
+
+MOEZIP_API int moezip_attend(int set, int threads, const uint16_t* query, const uint16_t* key, const uint16_t* value,
+                             int64_t batch, int64_t heads, int64_t shared, int64_t length, int64_t width,
+                             int64_t out_width, int64_t query_batch, int64_t query_head, int64_t key_batch,
+                             int64_t key_head, int64_t key_token, int64_t value_batch, int64_t value_head,
+                             int64_t value_token, const void* mask, int mask_kind, int64_t mask_batch,
+                             int64_t mask_head, float scaling, const Either* matrix, int path, uint16_t* out) {
+  const Attend job = {query,       key,        value,      batch,     heads,      shared,     length,   width,
+                      out_width,   query_batch, query_head, key_batch, key_head,  key_token,  value_batch, value_head,
+                      value_token, mask,       mask_kind,  mask_batch, mask_head, scaling,    out};
+  return moezip::attend(*SETS[set], threads, job, matrix, path);
 }

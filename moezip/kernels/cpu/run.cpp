@@ -98,35 +98,99 @@ static void ask_for(const Matrix& m) {
   for (int64_t at = 0; at < 256; at += LINE) __builtin_prefetch(reinterpret_cast<const void*>(m.zeros + at));
 }
 
-static int linear(const Kernels& use, int threads, const Matrix& m, int path, const void* x, int dtype, int64_t tokens,
-                  void* out) {
-  if (path == HALVES && !use.halves) path = FLOATS;
-  const int64_t units = units_of(m), words = unit_words(use, path);
-  Scratch scratch(Prepared::bytes(units, words, tokens));
-  if (!scratch.memory) return NO_MEMORY;
-  ask_for(m);
-  const Prepared prepared(scratch, units, words, tokens);
-  const Prepare job = prepared.job(x, dtype, path, m, m.columns);
-  int result = together(threads, tokens, (1 << 15) / (m.columns + 1) + 1, [&](int64_t first, int64_t last) {
-    use.prepare(job, first, last);
-    return (int)OK;
+static float from_half(uint16_t half) {
+  const uint32_t bits = (uint32_t)half << 16;
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+static const Matrix& packed(const Either& e) { return *reinterpret_cast<const Matrix*>(e.packed); }
+static int64_t rows_of(const Either& e) { return e.packed ? packed(e).rows : e.rows; }
+
+// Rows of a plain matrix, as many as a pair of blocks has.
+static void plain_rows(const Kernels& use, const Either& e, int64_t row, const void* x, int dtype, int64_t tokens,
+                       void* out) {
+  alignas(64) float y[PAIR * MOST_TOKENS * BLOCK_ROWS];
+  const int64_t left = e.rows - row, rows = left < PAIR * BLOCK_ROWS ? left : PAIR * BLOCK_ROWS;
+  const int64_t size = dtype == BF16 ? 2 : 4;
+  for (int64_t from = 0; from < tokens; from += MOST_TOKENS) {
+    const int64_t some = tokens - from < MOST_TOKENS ? tokens - from : MOST_TOKENS;
+    use.dense({reinterpret_cast<const void*>(e.weight), dtype, e.columns,
+               static_cast<const uint8_t*>(x) + from * e.columns * size, some}, row, rows, y);
+    for (int64_t t = 0; t < some; ++t) {
+      if (e.bias)
+        for (int64_t r = 0; r < rows; ++r)
+          y[rows * t + r] += dtype == BF16 ? from_half(reinterpret_cast<const uint16_t*>(e.bias)[row + r])
+                                           : reinterpret_cast<const float*>(e.bias)[row + r];
+      put(out, dtype, (from + t) * e.rows + row, y + rows * t, rows);
+    }
+  }
+}
+
+// A pair of blocks of a packed matrix.
+static void packed_rows(const Kernels& use, const Matrix& m, int path, int64_t pair, const Prepared& prepared,
+                        int dtype, int64_t tokens, void* out) {
+  alignas(64) float y[PAIR * MOST_TOKENS * BLOCK_ROWS];
+  Token some_tokens[MOST_TOKENS];
+  const int64_t block = PAIR * pair;
+  const int blocks = blocks_of(m) - block < PAIR ? 1 : PAIR;
+  in_products(use, path, tokens, [&](int64_t from, int some) {
+    for (int t = 0; t < some; ++t) some_tokens[t] = prepared.token(from + t);
+    use.product(m, path, some, block, blocks, some_tokens, y);
+    for (int i = 0; i < blocks; ++i) {
+      const int64_t row = (block + i) * BLOCK_ROWS, rows = m.rows - row < BLOCK_ROWS ? m.rows - row : BLOCK_ROWS;
+      for (int t = 0; t < some; ++t) put(out, dtype, (from + t) * m.rows + row, y + BLOCK_ROWS * (some * i + t), rows);
+    }
   });
-  if (result) return result;
-  return together(threads, pairs_of(m.rows), least_pairs(units, tokens), [&](int64_t first, int64_t last) {
-    alignas(64) float y[PAIR * MOST_TOKENS * BLOCK_ROWS];
-    Token some_tokens[MOST_TOKENS];
+}
+
+constexpr int MOST_MATRICES = 3;
+
+// Matrices of as many columns times the same tokens, in one go: `out` has an address for each.
+static int multiply(const Kernels& use, int threads, const Either* matrices, int count, int path, const void* x,
+                    int dtype, int64_t tokens, void* const* out) {
+  if (path == HALVES && !use.halves) path = FLOATS;
+  const int64_t words = unit_words(use, path);
+  size_t bytes = 0;
+  for (int i = 0; i < count; ++i)
+    if (matrices[i].packed) bytes += Prepared::bytes(units_of(packed(matrices[i])), words, tokens);
+  Scratch scratch(bytes);
+  if (!scratch.memory) return NO_MEMORY;
+  Prepared prepared[MOST_MATRICES];
+  int64_t pairs[MOST_MATRICES + 1] = {}, least = 1 << 30;
+  for (int i = 0; i < count; ++i) {
+    const Either& e = matrices[i];
+    pairs[i + 1] = pairs[i] + pairs_of(rows_of(e));
+    if (!e.packed) {
+      // as many rows as are read while a thread starts
+      const int64_t own = (1 << 17) / (PAIR * BLOCK_ROWS * e.columns * (dtype == BF16 ? 2 : 4) + 1) + 1;
+      least = own < least ? own : least;
+      continue;
+    }
+    const Matrix& m = packed(e);
+    const int64_t own = least_pairs(units_of(m), tokens);
+    least = own < least ? own : least;
+    if (!i) ask_for(m);
+    for (int j = 0; j < i && !prepared[i].values; ++j)
+      if (matrices[j].packed && packed(matrices[j]).groups == m.groups) prepared[i] = prepared[j];
+    if (prepared[i].values) continue;
+    prepared[i] = Prepared(scratch, units_of(m), words, tokens);
+    const Prepare job = prepared[i].job(x, dtype, path, m, m.columns);
+    const int result = together(threads, tokens, (1 << 15) / (m.columns + 1) + 1, [&](int64_t first, int64_t last) {
+      use.prepare(job, first, last);
+      return (int)OK;
+    });
+    if (result) return result;
+  }
+  return together(threads, pairs[count], least, [&](int64_t first, int64_t last) {
+    int number = 0;
     for (int64_t pair = first; pair < last; ++pair) {
-      const int64_t block = PAIR * pair;
-      const int blocks = blocks_of(m) - block < PAIR ? 1 : PAIR;
-      in_products(use, path, tokens, [&](int64_t from, int some) {
-        for (int t = 0; t < some; ++t) some_tokens[t] = prepared.token(from + t);
-        use.product(m, path, some, block, blocks, some_tokens, y);
-        for (int i = 0; i < blocks; ++i) {
-          const int64_t row = (block + i) * BLOCK_ROWS, rows = m.rows - row < BLOCK_ROWS ? m.rows - row : BLOCK_ROWS;
-          for (int t = 0; t < some; ++t)
-            put(out, dtype, (from + t) * m.rows + row, y + BLOCK_ROWS * (some * i + t), rows);
-        }
-      });
+      while (pair >= pairs[number + 1]) ++number;
+      const Either& e = matrices[number];
+      const int64_t at = pair - pairs[number];
+      if (e.packed) packed_rows(use, packed(e), path, at, prepared[number], dtype, tokens, out[number]);
+      else plain_rows(use, e, PAIR * BLOCK_ROWS * at, x, dtype, tokens, out[number]);
     }
     return (int)OK;
   });
@@ -284,6 +348,57 @@ static int experts(const Kernels& use, int threads, const Layer& job) {
       put(job.out, job.dtype, t * job.hidden + begin, sums + t * job.hidden + begin, end - begin);
     return (int)OK;
   });
+}
+
+// -- between the products -----------------------------------------------------------------------------------------
+
+static int norm(const Kernels& use, int threads, const Norm& job) {
+  return together(threads, job.tokens, (1 << 16) / (job.columns + 1) + 1, [&](int64_t first, int64_t last) {
+    use.norm(job, first, last);
+    return (int)OK;
+  });
+}
+
+static int turn(const Kernels& use, int threads, const Turn& job) {
+  return together(threads, job.batch * job.heads, (1 << 16) / (job.width + 1) + 1, [&](int64_t first, int64_t last) {
+    use.turn(job, first, last);
+    return (int)OK;
+  });
+}
+
+static int heads(const Kernels& use, int threads, const Heads& job, int path) {
+  const int64_t rows[2] = {rows_of(job.matrices[0]), rows_of(job.matrices[1])};
+  Scratch scratch(Scratch::rounded((size_t)(2 * job.batch * rows[0])) +
+                  Scratch::rounded((size_t)(2 * job.batch * rows[1])));
+  if (!scratch.memory) return NO_MEMORY;
+  uint16_t* straight[2] = {scratch.take<uint16_t>((size_t)(job.batch * rows[0])),
+                           scratch.take<uint16_t>((size_t)(job.batch * rows[1]))};
+  void* const out[3] = {straight[0], straight[1], job.out[2]};
+  int result = multiply(use, threads, job.matrices, 3, path, job.x, BF16, job.batch, out);
+  for (int i = 0; i < 2 && !result; ++i) {
+    const bool whole = job.whole && job.weights[i];
+    if (whole)  // in place: a number is read before it is written
+      result = norm(use, threads, {straight[i], BF16, job.batch, rows[i], rows[i], job.weights[i], job.epsilons[i],
+                                   straight[i], false});
+    if (!result)
+      result = turn(use, threads, {straight[i], job.batch, rows[i] / job.width, job.width,
+                                   whole ? nullptr : job.weights[i], job.epsilons[i], job.cosine, job.sine,
+                                   job.turned, job.stride, job.out[i]});
+  }
+  return result;
+}
+
+// With a matrix, the heads of a token are multiplied by it, and that is what `out` of the job gets.
+static int attend(const Kernels& use, int threads, Attend job, const Either* matrix, int path) {
+  const int64_t per = job.heads / job.shared, runs = (per + HEADS_AT_ONCE - 1) / HEADS_AT_ONCE;
+  const int64_t least = (1 << 17) / (job.length * (job.width + job.out_width) * HEADS_AT_ONCE + 1) + 1;
+  Scratch scratch(matrix ? (size_t)(2 * job.batch * job.heads * job.out_width) : 0);
+  if (!scratch.memory) return NO_MEMORY;
+  void* const out[1] = {job.out};
+  if (matrix) job.out = scratch.take<uint16_t>((size_t)(job.batch * job.heads * job.out_width));
+  const int result = together(threads, job.batch * job.shared * runs, least,
+                              [&](int64_t first, int64_t last) { return use.attend(job, first, last); });
+  return result || !matrix ? result : multiply(use, threads, matrix, 1, path, job.out, BF16, job.batch, out);
 }
 
 }  // namespace moezip

@@ -7,6 +7,7 @@
 #include "activations.cpp"
 #include "product.cpp"
 #include "layout.cpp"
+#include "unpacked.cpp"
 
 namespace moezip {
 namespace MOEZIP_ISA {
@@ -18,7 +19,7 @@ extern const Kernels kernels;
 const Kernels kernels = {MOEZIP_TEXT(MOEZIP_ISA), TILE,    PANEL, EXACT_HALVES, gptq,   clip,
                          factor,                  descend, round, pack,         unpack, dequantize,
                          moment_panel,            moment_block, HALVES_TOO, BYTES_TOO, take, prepare, product,
-                         gate,                    relay,   unrelay, plain};
+                         gate,                    relay,   unrelay, plain, dense, norm, turn, attend};
 
 }  // namespace MOEZIP_ISA
 }  // namespace moezip
