@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import moezip
+from moezip.kernels import products
 from moezip.runtime import one_query
 from tests.command import Cli
 
@@ -66,10 +67,16 @@ def test_it_is_what_float64_gives(
         given = torch.where(looks, 0.0, torch.finfo(dtype).min).to(dtype)
     if mask == "longer":  # a cache of a fixed size has places that are not in use
         given = torch.cat([looks, torch.zeros(batch, 1, 1, 5, dtype=torch.bool)], -1)
-    found = one_query.one_query(query, key, value, given, None)
     wanted = true(query, key, value, looks.expand(batch, heads, 1, length)[:, :, 0], width**-0.5)
+    found = one_query.one_query(query, key, value, given, None)
     assert found.dtype == dtype and found.shape == (batch, heads, 1, out)
     torch.testing.assert_close(found.double(), wanted, rtol=ROUNDED, atol=ROUNDED / 8)
+    on_library = one_query.on_the_library(query, key, value, given, None)
+    if dtype == torch.float16 or not products.available():
+        assert on_library is None
+        return
+    assert on_library is not None
+    torch.testing.assert_close(on_library.transpose(1, 2).double(), wanted, rtol=ROUNDED, atol=ROUNDED / 8)
 
 
 def test_anything_else_is_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,6 +86,7 @@ def test_anything_else_is_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("computed here")
 
     monkeypatch.setattr(one_query, "one_query", refuse)
+    monkeypatch.setattr(one_query, "on_the_library", refuse)
     module = torch.nn.Module()
     key = value = torch.ones(1, 1, 3, 8, dtype=torch.bfloat16)
     one, many = key[:, :, :1], key
@@ -112,12 +120,21 @@ def test_a_packed_model_generates_with_it(family: str, tiny: Tiny, cli: Cli, tmp
         )  # fmt: skip
         return found.sequences, found.logits
 
-    seen: list[int] = []
-    real = one_query.one_query
+    seen: list[bool] = []
+
+    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*given: Any) -> Any:
+            found = real(*given)
+            seen.append(found is not None)
+            return found
+
+        return run
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(one_query, "one_query", lambda *given: seen.append(1) or real(*given))
+        for name in ("one_query", "on_the_library"):  # the first one where there is no library
+            patch.setattr(one_query, name, counted(getattr(one_query, name)))
         tokens, logits = steps()
-    assert len(seen) == model.config.num_hidden_layers  # the first new token is the prompt's
+    assert sum(seen) == model.config.num_hidden_layers  # the first new token is the prompt's
     model.set_attn_implementation("sdpa")
     theirs, wanted = steps()
     assert torch.equal(logits[0], wanted[0]) and torch.equal(tokens[:, :-1], theirs[:, :-1])

@@ -262,6 +262,8 @@ def _put(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
     return change
 
 
+# Of logits of size 1 in fp32 whose sums run in another order: up to 1.4e-5 was measured.
+SUMS = 5e-5
 Q = "model.layers.1.self_attn.q_proj."
 UP = "model.layers.1.mlp.experts.2.up_proj."
 
@@ -334,8 +336,8 @@ def test_codes_are_not_offloaded(tiny: Tiny, tmp_path: Path) -> None:
     places |= {f"model.layers.{layer}": "disk" if layer == 1 else "cpu" for layer in range(3)}
     model = AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=tmp_path / "off")
     assert model.model.layers[1].input_layernorm.weight.is_meta
-    with torch.no_grad():
-        assert torch.equal(model(ids).logits, moezip.load(folder)(ids).logits)
+    with torch.no_grad():  # the layer from disk multiplies by torch, the others on the kernels, which sum otherwise
+        torch.testing.assert_close(model(ids).logits, moezip.load(folder)(ids).logits, rtol=0, atol=SUMS)
 
 
 @pytest.fixture

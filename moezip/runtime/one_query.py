@@ -17,9 +17,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from moezip.kernels import products, unpacked
+
 NAME = "moezip_one_query"
+_MASKS = {torch.bool: unpacked.LOOKS, torch.bfloat16: unpacked.ADDED_BF16, torch.float32: unpacked.ADDED_F32}
 # What sdpa_attention_forward takes, and this does not.
-_FOR_SDPA = ("position_bias", "cache", "softcap", "s_aux")
+FOR_SDPA = ("position_bias", "cache", "softcap", "s_aux")
 
 
 def use(model: Any) -> None:
@@ -53,12 +56,53 @@ def attention(
         or dropout
         or torch.is_grad_enabled()
         or torch.compiler.is_compiling()
-        or any(more.get(name) is not None for name in _FOR_SDPA)
+        or any(more.get(name) is not None for name in FOR_SDPA)
     ):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **more
         )  # fmt: skip
-    return one_query(query, key, value, attention_mask, scaling).transpose(1, 2).contiguous(), None
+    found = on_the_library(query, key, value, attention_mask, scaling)
+    if found is None:
+        found = one_query(query, key, value, attention_mask, scaling).transpose(1, 2).contiguous()
+    return found, None
+
+
+def on_the_library(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    matrix: tuple[int, int, int] | None = None,
+) -> torch.Tensor | None:
+    """[n, 1, H, d'], or with a matrix [n, 1, R]; None where the C++ library cannot.
+
+    Args:
+        matrix: that the heads are multiplied by: address (``moezip.kernels.unpacked.Matrices``), path and R.
+    """
+    if query.dtype != torch.bfloat16 or not products.available():
+        return None
+    batch, heads, _, width = query.shape
+    shared, length, out_width = value.shape[1:]
+    queries, keys, values = query.stride(), key.stride(), value.stride()
+    if queries[3] != 1 or keys[3] != 1 or values[3] != 1:
+        return None
+    given: tuple[int | None, int, int, int] = (None, unpacked.NO_MASK, 0, 0)
+    if mask is not None:
+        kind = _MASKS.get(mask.dtype)
+        if kind is None or mask.stride(3) != 1 or mask.shape[2] != 1:
+            return None
+        by_sequence, by_head = (mask.stride(axis) if mask.shape[axis] > 1 else 0 for axis in (0, 1))
+        given = (mask.data_ptr(), kind, by_sequence, by_head)
+    out = torch.empty((batch, 1, heads, out_width) if matrix is None else (batch, 1, matrix[2]), dtype=query.dtype)
+    products.native().attend(
+        (query.data_ptr(), key.data_ptr(), value.data_ptr()),
+        (batch, heads, shared, length, width, out_width),
+        (*queries[:2], *keys[:3], *values[:3]),
+        given, width**-0.5 if scaling is None else scaling, (None, 0) if matrix is None else matrix[:2],
+        out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
 
 
 def one_query(

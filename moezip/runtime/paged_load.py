@@ -22,7 +22,7 @@ from moezip.checkpoint.reader import Checkpoint
 from moezip.checkpoint.source import Source
 from moezip.errors import ArchitectureError, CheckpointError, UsageError
 from moezip.formats.packed import Grid
-from moezip.runtime import one_query
+from moezip.runtime import unpacked
 from moezip.runtime.linear import set_activations
 from moezip.runtime.packing import Names, make_packed
 from moezip.runtime.paged import COPY, LentExperts, PagedExperts, RaggedPaged, StockPaged
@@ -78,7 +78,7 @@ def load_paged(
     ):
         set_activations(module, activations)
     if grids:
-        one_query.use(skeleton.model)
+        unpacked.use(skeleton.model)
     attach(skeleton.model, skeleton.architecture, config, checkpoint.folder)
     pages.reset_stats()
     return _finished(skeleton, pages)

@@ -138,7 +138,7 @@ class MoezipQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         from moezip.arch.ragged import RaggedExperts
-        from moezip.runtime import one_query
+        from moezip.runtime import unpacked
         from moezip.runtime.factored import FactoredMatrix
         from moezip.runtime.linear import Packed, PackedExperts
         from moezip.runtime.skipping import attach
@@ -162,7 +162,7 @@ class MoezipQuantizer(HfQuantizer):
         for module in packed:
             module.lay_out()
         if packed:
-            one_query.use(model)
+            unpacked.use(model)
         attach(model, *self._skipping)
         return model
 
