@@ -31,7 +31,7 @@ QUERIES = [(16, 4, 64, 64), (16, 4, 512, 64), (32, 4, 512, 128), (32, 8, 4096, 1
 
 def matrices(threads: int, seconds: float) -> list[tuple[str, ...]]:
     bandwidth = reading(threads)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for height, columns, tokens in MATRICES:
         drawn = torch.randn(height, columns).bfloat16()
         plain = [torch.nn.Parameter(drawn.clone(), False) for _ in range(max(2, POOL // drawn.nbytes))]
@@ -49,7 +49,7 @@ def matrices(threads: int, seconds: float) -> list[tuple[str, ...]]:
 def between(threads: int, seconds: float) -> list[tuple[str, ...]]:
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
 
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for tokens, columns in ((1, 2048), (16, 64), (64, 2048)):
         norm: Any = Qwen3MoeRMSNorm(columns).bfloat16()
         x = torch.randn(tokens, columns).bfloat16()
@@ -75,7 +75,8 @@ def layer(threads: int, seconds: float) -> tuple[str, ...]:
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
 
-    config = Qwen3MoeConfig(hidden_size=2048, num_attention_heads=16, num_key_value_heads=4, head_dim=64)
+    config = Qwen3MoeConfig(hidden_size=2048, num_attention_heads=16, num_key_value_heads=4)
+    config.head_dim = 64  # type: ignore[attr-defined]
     config._attn_implementation = "sdpa"
     made: Any = Qwen3MoeAttention(config, 0).bfloat16().eval()
 

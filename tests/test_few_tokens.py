@@ -27,8 +27,8 @@ USUAL = {
 # Families whose norms are all as Llama's; qwen3_next's are by 1 + weight, or gated, and phimoe's are no RMS norms.
 NORMED = set(ARCHITECTURES) - {"qwen3_next", "phimoe"}
 # Errors of logits in bf16 against those in float32, the largest of a token, median over contexts, as a share of
-# torch's: 0.7 to 1.6 was measured. Single tokens say little: where two experts are nearly alike, a rounding chooses, and
-# torch's own depend on where its memory lies. Heads that are turned the wrong way make 40 and more.
+# torch's: 0.7 to 1.6 was measured. Single tokens say little: where two experts are nearly alike, a rounding chooses,
+# and torch's own depend on where its memory lies. Heads that are turned the wrong way make 40 and more.
 NO_WORSE = 2.5
 CONTEXTS = 24
 # Logits of size 1 in float32, whose sums run in another order where memory is otherwise aligned.

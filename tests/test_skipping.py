@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -335,6 +337,26 @@ def test_a_mask_network_learns_which_tokens_need_their_experts() -> None:
     needed = given.products[:, 0, 0] > 0
     # the second expert costs 0.5: worth it where leaving it out costs 1. Tokens near 0 are hard to tell
     assert ((kept == 2) == needed).float().mean() > 0.95
+
+
+def test_training_in_a_program_that_uses_accelerate_itself() -> None:
+    """Its own settings, here rounding to bf16 and sums over four batches, stay its own, and the network is the same."""
+    code = (
+        "from accelerate import Accelerator\n"
+        "from tests.test_skipping import task\n"
+        "from moezip.prune.otp import train\n"
+        "own = Accelerator(cpu=True, mixed_precision='bf16', gradient_accumulation_steps=4) if {own} else None\n"
+        "if own: own.gradient_state._set_sync_gradients(False)\n"  # between two of its updates
+        "network = train(task(), penalty=1.0, steps=20, seed=0)\n"
+        "kept = own and (own.mixed_precision, own.gradient_accumulation_steps, own.sync_gradients)\n"
+        "assert kept in (None, ('bf16', 4, False)), kept\n"
+        "print(network.inputs.double().sum().item(), network.bias.tolist())\n"
+    )
+    said = [
+        subprocess.run([sys.executable, "-c", code.format(own=own)], capture_output=True, text=True, check=True).stdout
+        for own in (False, True)
+    ]
+    assert said[0] == said[1] != ""
 
 
 def test_penalties_at_both_ends() -> None:

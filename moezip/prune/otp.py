@@ -15,11 +15,14 @@ differ, and their loss is that of the whole model.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+    from accelerate import Accelerator
 
     from moezip.calibrate.skips import Lessons
 
@@ -85,8 +88,8 @@ def train(lessons: Lessons, *, penalty: float, steps: int, seed: int) -> MaskNet
     for weight in weights:
         weight.requires_grad_(True)
     network = MaskNetwork(*weights)
-    optimizer = torch.optim.Adam(weights, RATE)
-    with torch.enable_grad():
+    with _accelerator(lessons.inputs.device) as accelerator, torch.enable_grad():
+        optimizer = accelerator.prepare(torch.optim.Adam(weights, RATE))
         for step in range(steps):
             heat = HOT * (COLD / HOT) ** (step / max(steps - 1, 1))
             rows = torch.randint(count, (min(BATCH, count),), generator=chance)
@@ -98,9 +101,29 @@ def train(lessons: Lessons, *, penalty: float, steps: int, seed: int) -> MaskNet
             error = torch.einsum("nc,ncd,nd->n", mask, products[rows], mask)
             loss = (error + mask @ costs).mean()
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            accelerator.backward(loss)
             optimizer.step()
     found = MaskNetwork(*(weight.detach() for weight in weights))
     if not math.isfinite(sum(float(weight.abs().sum()) for weight in (found.inputs, found.ratios, found.bias))):
         raise MoezipError("the training of a mask network diverged", next="use another --set penalty=")
     return found
+
+
+@contextmanager
+def _accelerator(device: torch.device) -> Iterator[Accelerator]:
+    """One that leaves tensors where they are. In a program that has set up accelerate for itself it has that program's
+    device and precision, which touch nothing here, but steps of its own: those are one state for the whole process, and
+    are put back as they were."""
+    from accelerate import Accelerator
+    from accelerate.state import GradientState, is_initialized
+
+    steps = vars(GradientState())
+    before = dict(steps)
+    steps["sync_gradients"] = True
+    try:
+        yield Accelerator(
+            cpu=device.type == "cpu" and not is_initialized(), device_placement=False, gradient_accumulation_steps=1
+        )
+    finally:
+        steps.clear()
+        steps.update(before)
