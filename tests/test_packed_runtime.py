@@ -31,7 +31,7 @@ from moezip.pipeline.items import Item, items_of
 from moezip.plan.packed import Packed as PackedView
 from moezip.quantize.rtn import RtnParams
 from moezip.quantize.rtn import solve as rtn
-from moezip.runtime import linear
+from moezip.runtime import int4, linear
 from moezip.runtime.linear import Packed, PackedExperts, PackedLinear, decoded, packed_linear
 from moezip.runtime.packing import packed_modules
 from tests.test_laws import full_logits, largest_difference, plain_rows
@@ -136,9 +136,10 @@ def streamed(folder: Path, rows: Any, implementation: str) -> list[torch.Tensor]
 
 @pytest.fixture
 def by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Matrices stay as on disk and are decoded by torch, as where there is no C++ library: then bits are the same ones.
-    ``test_packed_kernels`` has the kernels."""
+    """Matrices stay as on disk and are decoded by torch, as where there is no C++ library and torch has no product for
+    them: then bits are the same ones. ``test_packed_kernels`` has the kernels, ``test_int4`` torch's product."""
     monkeypatch.setattr(products, "available", lambda: False)
+    monkeypatch.setattr(int4, "MOST_TOKENS", 0)
 
 
 # -- the same model -----------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from moezip.errors import UsageError
 from moezip.formats.packed import PACKED, SHAPE, WORD, ZERO, Grid, check, dequantize, torch_dtype, unpacked, words
 from moezip.formats.stored import CHUNK
 from moezip.kernels import products
-from moezip.runtime import fast, gpu
+from moezip.runtime import fast, gpu, int4
 from moezip.runtime.gates import gate_of
 from moezip.runtime.mapped import Range, give_back
 
@@ -44,6 +44,10 @@ def packed_rows(value: torch.Tensor, matrices: Sequence[Packed | Matrix], bias: 
     Gate and up of an expert are multiplied by as one, because that is how they are where nothing is packed, and two
     products may round otherwise.
     """
+    if int4.can_run(value, matrices):
+        parts = [int4.product(value, matrix) for matrix in matrices]  # type: ignore[arg-type]
+        found = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        return found if bias is None else found + bias
     weights = [matrix.decoded(value.dtype) if isinstance(matrix, Packed) else matrix.weight for matrix in matrices]
     return F.linear(value, weights[0] if len(weights) == 1 else torch.cat(weights), bias)
 
@@ -88,6 +92,7 @@ class Packed(nn.Module):
     bias: nn.Parameter | None
     # What products round activations to: "exact", or "int8" (``moezip.kernels.products``).
     activations: products.Activations = "exact"
+    int4: int4.Laid | None = None  # as torch takes it, where there is no library
 
     def __init__(self, grid: Grid, rows: int, columns: int, bias: nn.Parameter | None, device: torch.device):
         super().__init__()
@@ -153,6 +158,7 @@ class Packed(nn.Module):
 
     def _take_back(self) -> None:
         """The inverse."""
+        self.int4 = None
         if self.matrix is not None:
             for suffix, tensor in self.tensors().items():
                 self._buffers[suffix] = tensor
