@@ -27,7 +27,7 @@ extern "C" {
 int moezip_pack(int, int, P, L, L, int, P, L);
 int moezip_relay(int, int, P, L, L, L, L, int, P);
 int moezip_linear(int, int, P, int, P, int, L, P);
-int moezip_experts(int, int, P, L, L, int, int, float, float, P, int, L, L, P, P, P);
+int moezip_experts(int, int, P, L, L, int, int, float, float, P, int, L, L, P, P, int, P);
 int moezip_plain(int, int, P, int, P);
 int moezip_dense(int, int, P, int, L, L, P, P, L, P);
 int moezip_heads(int, int, P, int, P, L, L, P, float, P, float, int, P, P, L, L, P, P, P);
@@ -85,7 +85,7 @@ int main() {
     L ids[9] = {};
     float weights[9] = {1, 0.5f, 0.25f, 1, 1, 0.125f, 1, 1, 1};
     for (int activation = 0; activation < 4; ++activation) {
-      if (moezip_experts(0, 1, table, 1, 1, 0, activation, 1.5f, 0.5f, x.data(), 0, 9, 96, ids, weights, out.data()))
+      if (moezip_experts(0, 1, table, 1, 1, 0, activation, 1.5f, 0.5f, x.data(), 0, 9, 96, ids, weights, 0, out.data()))
         return 1;
       printf("a layer, gate %d: %016llx\n", activation, (unsigned long long)sum(out.data(), 4 * 9 * 96));
     }

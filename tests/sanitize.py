@@ -96,6 +96,11 @@ def exercise_unpacked(library: Native) -> int:
             unpacked.rms_norm(made(tokens, columns), made(columns), 1e-6, threads=3, library=library)
             calls += 3
     halves = unpacked_tests.halves
+    for experts, columns, tokens, top_k in ((1, 3, 1, 1), (60, 99, 5, 4), (128, 33, 2, 128)):
+        router = halves(experts, columns), halves(tokens, columns)
+        for small in (False, True):
+            unpacked.route(*router, top_k, normalise=True, halves=small, threads=3, library=library)
+            calls += 1
     for batch, heads, shared, length, width, out in unpacked_tests.ATTENDED:
         x, angles = halves(batch, heads, width), (halves(batch, width // 4 * 2), halves(batch, width // 4 * 2))
         for weight in (None, halves(width)):

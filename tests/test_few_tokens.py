@@ -15,7 +15,7 @@ from torch import nn
 import moezip
 from moezip.arch.families import ARCHITECTURES
 from moezip.kernels import products
-from moezip.runtime import norms, one_query, one_token, unpacked
+from moezip.runtime import norms, one_query, one_token, routers, unpacked
 from moezip.runtime.linear import PackedLinear, set_activations
 from tests.command import Cli
 
@@ -26,6 +26,8 @@ USUAL = {
 }  # fmt: skip
 # Families whose norms are all as Llama's; qwen3_next's are by 1 + weight, or gated, and phimoe's are no RMS norms.
 NORMED = set(ARCHITECTURES) - {"qwen3_next", "phimoe"}
+# Families whose routers take the softmax of all logits, then the best.
+SOFTMAX = {"mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "olmoe", "jamba"}
 # Errors of logits in bf16 against those in float32, the largest of a token, median over contexts, as a share of
 # torch's: 0.7 to 1.6 was measured. Single tokens say little: where two experts are nearly alike, a rounding chooses,
 # and torch's own depend on where its memory lies. Heads that are turned the wrong way make 40 and more.
@@ -103,6 +105,9 @@ def test_new_tokens_are_those_of_torch(
     left = [m for m in model.modules() if "RMSNorm" in type(m).__name__ and not isinstance(m, norms.Norm)]
     assert bool(left) == (family == "qwen3_next")
     assert any(isinstance(m, norms.Norm) for m in model.modules()) == (family in NORMED)
+    routed = [module for module in model.modules() if isinstance(module, routers.Router)]
+    blocks = [module for module in model.modules() if type(module).__name__.lower().endswith("router")]
+    assert len(routed) == (len(blocks) if family in SOFTMAX else 0)
     heads = calls(monkeypatch, "heads")
     ours = new_token(model)
     assert len(heads) == (CONTEXTS * model.config.num_hidden_layers if family in USUAL else 0)
@@ -206,6 +211,53 @@ def test_norms_are_told_apart(kind: str) -> None:
         assert (norm(x) != wanted).float().mean() <= norms.OTHERS
 
 
+def routed(weight: torch.Tensor, x: torch.Tensor, kind: str) -> tuple[torch.Tensor, ...]:
+    """Logits, scores and ids of the best two, in one way or another."""
+    logits = torch.nn.functional.linear(x, weight)
+    if kind == "clipped":
+        logits = logits.clamp(-20, 20)
+    if kind == "scaled":
+        logits = 2 * logits
+    scored = logits.float().sigmoid() if kind == "sigmoid" else logits.float().softmax(-1)
+    best, ids = (-scored if kind == "worst" else scored).topk(2, -1)
+    best = scored.gather(1, ids)
+    if kind == "after":
+        best = logits.float().gather(1, ids).softmax(-1)
+    if kind in ("normalised", "doubled"):
+        best = best / best.sum(-1, keepdim=True)
+    return logits, ((2 if kind == "doubled" else 1) * best).to(x.dtype), ids
+
+
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [("plain", False), ("normalised", True), ("after", True), ("sigmoid", None), ("clipped", None), ("scaled", None),
+     ("worst", None), ("doubled", None)],
+)  # fmt: skip
+def test_routers_are_told_apart(kind: str, form: bool | None) -> None:
+    """The softmax of the best two alone is that of all, normalised."""
+
+    class SomeTopKRouter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.top_k = nn.Parameter(torch.randn(6, 32).bfloat16(), requires_grad=False), 2
+
+        def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return routed(self.weight, hidden_states, kind)
+
+    torch.manual_seed(0)
+    router: Any = SomeTopKRouter().eval()
+    x = torch.randn(5, 32).bfloat16()
+    with torch.no_grad():
+        wanted = router(x)
+        routers.use(router)
+        found = router(x)
+    assert isinstance(router, routers.Router) == (form is not None)
+    assert form is None or router._moezip_route == (form, torch.bfloat16)
+    assert torch.equal(found[2], wanted[2])
+    for one, other in zip(found[:2], wanted[:2], strict=True):
+        torch.testing.assert_close(one, other, rtol=2.0**-6, atol=2.0**-6)
+
+
 # -- modules stay what they were ----------------------------------------------------------------------------
 
 
@@ -245,7 +297,7 @@ def test_a_tied_head_stays_tied(tiny: Tiny, cli: Cli, tmp_path: Path) -> None:
 
 def test_gradients_and_compiled_graphs_are_torchs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = moezip.load(folder)
-    seen = [calls(monkeypatch, name) for name in ("dense", "norm", "heads", "attend")]
+    seen = [calls(monkeypatch, name) for name in ("dense", "norm", "heads", "attend", "route")]
     weight = model.lm_head.weight
     x = torch.randn(1, weight.shape[1]).bfloat16().requires_grad_()
     torch.nn.functional.linear(x, weight).sum().backward()
@@ -256,11 +308,11 @@ def test_gradients_and_compiled_graphs_are_torchs(folder: Path, monkeypatch: pyt
     with torch.no_grad():
         x = torch.randn(1, 32).bfloat16()
         wanted = norm(x), model.lm_head(x)
-        assert [len(each) for each in seen] == [1, 1, 0, 0]
+        assert [len(each) for each in seen] == [1, 1, 0, 0, 0]
         compiled = torch.compile(lambda x: (norm(x), model.lm_head(x)), backend="eager", fullgraph=True)
         for one, other in zip(compiled(x), wanted, strict=True):
             torch.testing.assert_close(one, other, rtol=2.0**-6, atol=2.0**-6)
-        assert [len(each) for each in seen] == [1, 1, 0, 0]
+        assert [len(each) for each in seen] == [1, 1, 0, 0, 0]
 
 
 def test_many_tokens_are_torchs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,6 +101,54 @@ def test_norms_are_what_the_models_compute(tokens: int, columns: int, library: A
         assert (from_halves(found) != wanted).mean() <= 0.01
 
 
+# -- routers ------------------------------------------------------------------------------------------------
+
+
+def test_a_route_by_hand(library: Any) -> None:
+    """Logits 0, 2, 1 and 2: of equal ones the first comes first, and two of them share evenly. Three of them, not
+    normalised, have e^2, e^2 and e of 1 + 2 e^2 + e."""
+    weight = to_halves(np.array([[0.0], [2.0], [1.0], [2.0]], np.float32))
+    x = to_halves(np.ones((1, 1), np.float32))
+    logits, scores, ids = unpacked.route(weight, x, 2, normalise=True, library=library)
+    assert from_halves(logits).tolist() == [[0, 2, 1, 2]] and ids.tolist() == [[1, 3]]
+    assert from_halves(scores).tolist() == [[0.5, 0.5]]
+    _, scores, ids = unpacked.route(weight, x, 3, normalise=False, halves=False, library=library)
+    total = 1 + 2 * math.exp(2) + math.exp(1)
+    assert ids.tolist() == [[1, 3, 2]]
+    assert np.allclose(scores, [[math.exp(2) / total, math.exp(2) / total, math.exp(1) / total]], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("experts", "columns", "tokens", "top_k"), [(1, 3, 1, 1), (8, 64, 3, 2), (60, 100, 5, 4), (128, 33, 2, 128)]
+)
+def test_routes_are_what_float64_gives(experts: int, columns: int, tokens: int, top_k: int, library: Any) -> None:
+    weight, x = halves(experts, columns), halves(tokens, columns, seed=1)
+    logits, _, _ = true.route(from_halves(weight), from_halves(x), top_k, False)
+    for normalise in (False, True):
+        for small in (False, True):
+            given = [
+                unpacked.route(weight, x, top_k, normalise=normalise, halves=small, threads=threads, library=library)
+                for threads in (1, 3)
+            ]
+            assert all(np.array_equal(one, other) for one, other in zip(*given, strict=True))
+            found, scores, ids = given[0]
+            assert near(found, logits, ROUNDED)
+            # by the logits that came out, which a sum in another order may have rounded the other way
+            shares = np.exp(from_halves(found) - from_halves(found).max(1, keepdims=True))
+            shares /= shares.sum(1, keepdims=True)
+            assert np.array_equal(ids, np.argsort(-from_halves(found), axis=1, kind="stable")[:, :top_k])
+            wanted = np.take_along_axis(shares, ids, 1)
+            wanted = wanted / wanted.sum(1, keepdims=True) if normalise else wanted
+            assert near(scores, wanted, ROUNDED if small else SUMS)
+
+
+def test_a_route_of_what_is_no_number(library: Any) -> None:
+    """Experts that exist, each once, and scores that say it."""
+    x = np.full((1, 4), 0x7FC0, np.uint16)
+    _, scores, ids = unpacked.route(halves(6, 4), x, 3, normalise=True, library=library)
+    assert ids.tolist() == [[0, 1, 2]] and np.isnan(from_halves(scores)).all()
+
+
 # -- turned heads -------------------------------------------------------------------------------------------
 
 
@@ -270,6 +318,8 @@ def test_what_does_not_fit_is_refused() -> None:
         lambda: unpacked.linear(weight, x, drawn(5), library=library),
         lambda: unpacked.linear(weight, x, threads=0, library=library),
         lambda: unpacked.rms_norm(x, drawn(7), 1e-6, library=library),
+        lambda: unpacked.route(halves(4, 8), halves(2, 7), 2, normalise=True, library=library),
+        lambda: unpacked.route(halves(4, 8), halves(2, 8), 5, normalise=True, library=library),
         lambda: unpacked.turn(q, halves(1, 10), halves(1, 10), library=library),
         lambda: unpacked.turn(q, halves(1, 3), halves(1, 3), library=library),
         lambda: unpacked.turn(q, halves(2, 8), halves(2, 8), library=library),

@@ -35,10 +35,11 @@ _ARGUMENTS = {
     "moezip_unrelay": "ii plll i p",
     "moezip_plain": "ii p ip",
     "moezip_linear": "ii p i pil p",
-    "moezip_experts": "ii pll iiff pill pp p",
+    "moezip_experts": "ii pll iiff pill ppi p",
     "moezip_dense": "ii pill p pl p",
     "moezip_norm": "ii pilll p fi p",
     "moezip_turn": "ii plll pf pp ll p",
+    "moezip_route": "ii pp llll ii ppp",
     "moezip_heads": "ii pi pl l pfpfi pp ll ppp",
     "moezip_attend": "ii ppp llll ll ll lll lll pill f pi p",
 }
@@ -85,8 +86,8 @@ class Native:
         self.isa = self.sets[self._set]
         # looked up once: a call may take ten microseconds
         self._linear = self._library.moezip_linear
-        self._dense, self._norm, self._turn, self._heads, self._attend = (
-            getattr(self._library, f"moezip_{name}") for name in ("dense", "norm", "turn", "heads", "attend")
+        self._dense, self._norm, self._turn, self._route, self._heads, self._attend = (
+            getattr(self._library, f"moezip_{name}") for name in ("dense", "norm", "turn", "route", "heads", "attend")
         )
 
     def _call(self, name: str, threads: int, *arguments: float | None) -> None:
@@ -259,13 +260,13 @@ class Native:
         gate: tuple[int, float, float],
         x: tuple[int, int, int, int],
         ids: int,
-        weights: int,
+        weights: tuple[int, int],
         out: int,
         threads: int,
     ) -> None:
-        """Addresses; ``x``: address, dtype, tokens, hidden size."""
+        """Addresses; ``x``: address, dtype, tokens, hidden size; ``weights``: address, dtype."""
         failed = self._library.moezip_experts(
-            self._set, threads, table, count, top_k, path, *gate, *x, ids, weights, out
+            self._set, threads, table, count, top_k, path, *gate, *x, ids, *weights, out
         )  # fmt: skip
         if failed == _NO_EXPERT:
             raise ValueError(f"a token was sent to an expert beyond the last of {count}")
@@ -295,6 +296,15 @@ class Native:
     ) -> None:  # fmt: skip
         """Addresses; ``shape``: sequences, heads, width; ``positions``: as the last of ``Turn`` but ``out``."""
         failed = self._turn(self._set, threads, x, *shape, weight, epsilon, *positions, out)
+        if failed:
+            _require(failed)
+
+    def route(
+        self, weight: int, x: int, shape: tuple[int, int, int, int], normalise: bool, dtype: int, logits: int,
+        scores: int, ids: int, threads: int,
+    ) -> None:  # fmt: skip
+        """Addresses; ``shape``: experts, columns, tokens, top-k."""
+        failed = self._route(self._set, threads, weight, x, *shape, normalise, dtype, logits, scores, ids)
         if failed:
             _require(failed)
 

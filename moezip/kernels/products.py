@@ -277,7 +277,8 @@ class Experts:
         """Sum over a token's experts of weight x down(gate(gate x, up x)), with biases.
 
         Args:
-            x: [T, D]. ids: [T, k], those below 0 are left out. weights: [T, k].
+            x: [T, D]. ids: [T, k], those below 0 are left out, and the number of experts, which stands for nobody.
+            weights: [T, k].
             gate: ``silu``, ``gelu``, ``gelu_tanh``, or ``clamped`` (gpt-oss: with ``alpha`` and ``limit``).
 
         Returns:
@@ -300,7 +301,7 @@ class Experts:
         out = np.empty_like(x)
         if len(x):
             self.run_at(
-                x.ctypes.data, x.dtype == np.uint16, len(x), ids.ctypes.data, weights.ctypes.data, ids.shape[1],
+                x.ctypes.data, x.dtype == np.uint16, len(x), ids.ctypes.data, weights.ctypes.data, False, ids.shape[1],
                 out.ctypes.data, (gate, alpha, limit), activations, threads,
             )  # fmt: skip
         return out
@@ -312,6 +313,7 @@ class Experts:
         tokens: int,
         ids: int,
         weights: int,
+        halves: bool,
         top_k: int,
         out: int,
         gate: tuple[str, float, float],
@@ -321,6 +323,7 @@ class Experts:
         """As ``run``, of contiguous arrays at these addresses; whoever calls has checked what is there.
 
         Args:
+            halves: whether ``weights`` are bf16, else float32.
             gate: its name, alpha, limit.
 
         Raises:
@@ -328,7 +331,8 @@ class Experts:
         """
         self._library.experts(
             self._address, len(self.table), top_k, path_of(bf16, activations), (GATES[gate[0]], gate[1], gate[2]),
-            (x, _BF16 if bf16 else _F32, tokens, self.hidden), ids, weights, out, threads,
+            (x, _BF16 if bf16 else _F32, tokens, self.hidden), ids,
+            (weights, _BF16 if halves else _F32), out, threads,
         )  # fmt: skip
 
 

@@ -131,6 +131,43 @@ def turn(
     return out
 
 
+def route(
+    weight: NDArray[np.uint16],
+    x: NDArray[np.uint16],
+    top_k: int,
+    *,
+    normalise: bool,
+    halves: bool = True,
+    threads: int = 1,
+    library: Any = None,
+) -> tuple[NDArray[np.uint16], NDArray[Any], NDArray[np.int64]]:
+    """Experts of tokens ``x`` [T, C] by a router [E, C]: logits [T, E] in bf16, scores and ids [T, k], the best first.
+
+    Scores are the softmax of all logits. Of experts that are equal the first is chosen.
+
+    Args:
+        normalise: scores of a token are made to add up to 1.
+        halves: scores are bf16, else float32.
+
+    Raises:
+        ValueError: arguments that do not fit together.
+    """
+    check.threads(threads)
+    check.matrix("weight", weight, np.uint16)
+    check.matrix("x", x, np.uint16)
+    experts, columns = weight.shape
+    if x.shape[1] != columns or not 1 <= top_k <= experts:
+        raise ValueError(f"x is {list(x.shape)} for a router {list(weight.shape)} that chooses {top_k}")
+    logits = np.empty((len(x), experts), np.uint16)
+    scores = np.empty((len(x), top_k), np.uint16 if halves else np.float32)
+    ids = np.empty((len(x), top_k), np.int64)
+    (library or native()).route(
+        weight.ctypes.data, x.ctypes.data, (experts, columns, len(x), top_k), normalise, BF16 if halves else F32,
+        logits.ctypes.data, scores.ctypes.data, ids.ctypes.data, threads,
+    )  # fmt: skip
+    return logits, scores, ids
+
+
 def heads(
     matrices: Sequence[Either],
     x: NDArray[np.uint16],

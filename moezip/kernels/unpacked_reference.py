@@ -43,6 +43,16 @@ def rms_norm(x: Doubles, weight: Doubles, epsilon: float, halves: bool, once: bo
     return rounded(weight * rounded(normed, halves and not once), halves)
 
 
+def route(weight: Doubles, x: Doubles, top_k: int, normalise: bool) -> tuple[Doubles, Doubles, NDArray[np.int64]]:
+    """Logits [T, E] as bf16 has them, scores and ids [T, k] of ``weight`` [E, C] and ``x`` [T, C]."""
+    logits = rounded(linear(weight, x, None))
+    shares = np.exp(logits - logits.max(1, keepdims=True))
+    shares /= shares.sum(1, keepdims=True)
+    ids = np.argsort(-logits, axis=1, kind="stable")[:, :top_k]
+    scores = np.take_along_axis(shares, ids, 1)
+    return logits, scores / scores.sum(1, keepdims=True) if normalise else scores, ids
+
+
 def turn(x: Doubles, cosine: Doubles, sine: Doubles) -> Doubles:
     """[n, H, d] of ``x`` [n, H, d], cosine and sine [n or 1, r]; all in bf16."""
     out = x.copy()

@@ -154,19 +154,24 @@ def experts(
     gate: tuple[str, float, float],
     activations: str,
 ) -> torch.Tensor:
-    """Sum over the chosen experts: ``hidden`` [T, D], ids and weights [T, k]; [T, D]. Ids below 0 are left out."""
+    """Sum over the chosen experts: ``hidden`` [T, D], ids and weights [T, k]; [T, D].
+
+    Ids below 0 are left out, and the number of experts, which is run-time skipping's nobody.
+    """
     if hidden.shape[-1] != table.hidden or ids.shape != weights.shape or hidden.shape[:-1] != ids.shape[:-1]:
         raise ValueError(
             f"activations {list(hidden.shape)}, ids {list(ids.shape)} and weights {list(weights.shape)} do not belong "
             f"to experts of {table.hidden} columns"
         )
     given = (hidden.float() if hidden.dtype == torch.float16 else hidden).detach().contiguous()
-    ids, weights = ids.to(torch.int64).contiguous(), weights.detach().to(torch.float32).contiguous()
+    halves = weights.dtype == torch.bfloat16
+    weights = (weights if halves else weights.to(torch.float32)).detach().contiguous()
+    ids = ids.to(torch.int64).contiguous()
     out = torch.empty_like(given)
     if given.numel():
         table.run_at(
             given.data_ptr(), given.dtype == torch.bfloat16, given.numel() // table.hidden, ids.data_ptr(),
-            weights.data_ptr(), ids.shape[-1], out.data_ptr(), gate, activations, torch.get_num_threads(),
+            weights.data_ptr(), halves, ids.shape[-1], out.data_ptr(), gate, activations, torch.get_num_threads(),
         )  # fmt: skip
     return out if out.dtype == hidden.dtype else out.to(hidden.dtype)
 

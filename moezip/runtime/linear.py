@@ -310,8 +310,7 @@ class PackedExperts(RaggedExperts):
             return super().forward(hidden_states, top_k_index, top_k_weights)
         top_k_index = self._meant(top_k_index)
         assert self._table is not None and self._gate is not None
-        apart = self._apart | self._crowded(top_k_index, hidden_states.dtype)
-        ids = top_k_index.masked_fill(top_k_index >= self.num_experts, -1)  # run-time skipping's nobody
+        apart, ids = self._apart | self._crowded(top_k_index, hidden_states.dtype), top_k_index
         if apart:
             others = torch.isin(ids, torch.tensor(sorted(apart), dtype=ids.dtype))
             ids = ids.masked_fill(others, -1)

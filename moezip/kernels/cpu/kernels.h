@@ -179,6 +179,17 @@ struct Norm {
   bool once;  // bf16 is rounded after the weight alone; else before it too
 };
 
+// The experts of some tokens, by the softmax of their logits; all in bf16 but `scores` of F32, and ids.
+struct Route {
+  const void *weight, *x;  // [experts, columns], [tokens, columns]
+  int64_t experts, columns, tokens, top_k;
+  bool normalise;  // scores of a token add up to 1
+  int dtype;       // of scores
+  uint16_t* logits;  // [tokens, experts]
+  void* scores;      // [tokens, top_k], the best first
+  int64_t* ids;      // [tokens, top_k]
+};
+
 // What attention does before the cache, with a token of each sequence; all in bf16.
 struct Heads {
   const Either* matrices;  // of queries, keys and values

@@ -8,6 +8,7 @@
 #include <dlfcn.h>
 
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
@@ -325,9 +326,9 @@ MOEZIP_API int moezip_linear(int set, int threads, const Matrix* matrix, int pat
 
 MOEZIP_API int moezip_experts(int set, int threads, const Matrix* table, int64_t experts, int64_t top_k, int path,
                               int activation, float alpha, float limit, const void* x, int dtype, int64_t tokens,
-                              int64_t hidden, const int64_t* ids, const float* weights, void* out) {
+                              int64_t hidden, const int64_t* ids, const void* weights, int weights_dtype, void* out) {
   const Layer job = {reinterpret_cast<const Matrix(*)[3]>(table), experts, top_k, tokens, hidden, path, dtype,
-                     activation, alpha, limit, x, ids, weights, out};
+                     activation, alpha, limit, x, ids, weights, weights_dtype, out};
   try {
     return moezip::experts(*SETS[set], threads, job);
   } catch (const std::bad_alloc&) {
@@ -351,6 +352,17 @@ MOEZIP_API int moezip_turn(int set, int threads, const uint16_t* x, int64_t batc
                            int64_t turned, int64_t stride, uint16_t* out) {
   return moezip::turn(*SETS[set], threads,
                       {x, batch, heads, width, weight, epsilon, cosine, sine, turned, stride, out});
+}
+
+MOEZIP_API int moezip_route(int set, int threads, const void* weight, const void* x, int64_t experts, int64_t columns,
+                            int64_t tokens, int64_t top_k, int normalise, int dtype, uint16_t* logits, void* scores,
+                            int64_t* ids) {
+  try {
+    return moezip::route(*SETS[set], threads, {weight, x, experts, columns, tokens, top_k, normalise != 0, dtype,
+                                               logits, scores, ids});
+  } catch (const std::bad_alloc&) {
+    return NO_MEMORY;
+  }
 }
 
 MOEZIP_API int moezip_heads(int set, int threads, const Either* matrices, int path, const uint16_t* x, int64_t batch,

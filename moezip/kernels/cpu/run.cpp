@@ -206,8 +206,9 @@ struct Layer {
   int path, dtype, activation;
   float alpha, limit;
   const void* x;         // [tokens, hidden]
-  const int64_t* ids;    // [tokens, top_k]; those below 0 are left out
-  const float* weights;  // [tokens, top_k]
+  const int64_t* ids;   // [tokens, top_k]; those below 0 are left out, and `experts`, which stands for nobody
+  const void* weights;  // [tokens, top_k]
+  int weights_dtype;
   void* out;             // [tokens, hidden]
 };
 
@@ -223,15 +224,19 @@ static int experts(const Kernels& use, int threads, const Layer& job) {
   std::vector<Visit> visits;
   std::vector<int64_t> starts((size_t)job.experts + 1), places((size_t)slots);
   for (int64_t slot = 0; slot < slots; ++slot)
-    if (job.ids[slot] >= job.experts) return NO_EXPERT;
-    else if (job.ids[slot] >= 0) ++starts[(size_t)job.ids[slot] + 1];
+    if (job.ids[slot] > job.experts) return NO_EXPERT;
+    else if (job.ids[slot] >= 0 && job.ids[slot] < job.experts) ++starts[(size_t)job.ids[slot] + 1];
   for (size_t e = 0; e < (size_t)job.experts; ++e) starts[e + 1] += starts[e];
   {
     std::vector<int64_t> next(starts);
     for (int64_t slot = 0; slot < slots; ++slot)
-      if (job.ids[slot] >= 0) places[(size_t)next[(size_t)job.ids[slot]]++] = slot;
+      if (job.ids[slot] >= 0 && job.ids[slot] < job.experts) places[(size_t)next[(size_t)job.ids[slot]]++] = slot;
   }
   const int64_t assigned = starts[(size_t)job.experts];
+  std::vector<float> weights((size_t)slots);
+  for (int64_t slot = 0; slot < slots; ++slot)
+    weights[(size_t)slot] = job.weights_dtype == BF16 ? from_half(static_cast<const uint16_t*>(job.weights)[slot])
+                                                      : static_cast<const float*>(job.weights)[slot];
   int64_t items = 0, width = 0, up_units = 0, down_units = 0, most = 0;
   const Matrix* like[MOST_LAYOUTS] = {};
   for (int64_t e = 0; e < job.experts; ++e) {
@@ -337,7 +342,7 @@ static int experts(const Kernels& use, int threads, const Layer& job) {
               const int64_t slot = places[(size_t)(visit.first + from + t)];
               float* sum = sums + slot / job.top_k * job.hidden + row;
               const float* add = constant ? constant + row : y + BLOCK_ROWS * (some * i + t);
-              const float weight = job.weights[slot];
+              const float weight = weights[(size_t)slot];
               for (int64_t lane = 0; lane < rows; ++lane) sum[lane] += weight * add[lane];
             }
           }
@@ -364,6 +369,36 @@ static int turn(const Kernels& use, int threads, const Turn& job) {
     use.turn(job, first, last);
     return (int)OK;
   });
+}
+
+static int route(const Kernels& use, int threads, const Route& job) {
+  const Either matrix = {0, reinterpret_cast<int64_t>(job.weight), job.experts, job.columns, 0};
+  void* const out[1] = {job.logits};
+  const int failed = multiply(use, threads, &matrix, 1, FLOATS, job.x, BF16, job.tokens, out);
+  if (failed) return failed;
+  std::vector<float> logits((size_t)job.experts), scores((size_t)job.top_k);
+  for (int64_t t = 0; t < job.tokens; ++t) {
+    for (int64_t e = 0; e < job.experts; ++e) logits[(size_t)e] = from_half(job.logits[t * job.experts + e]);
+    float most = logits[0], sum = 0, chosen = 0;
+    for (const float each : logits) most = each > most ? each : most;
+    for (const float each : logits) sum += expf(each - most);
+    int64_t* ids = job.ids + t * job.top_k;
+    for (int64_t k = 0; k < job.top_k; ++k) {
+      int64_t best = -1;  // of equal ones, and where all are NaN, the first
+      for (int64_t e = 0; e < job.experts; ++e) {
+        bool taken = false;
+        for (int64_t j = 0; j < k; ++j) taken = taken || ids[j] == e;
+        if (!taken && (best < 0 || logits[(size_t)e] > logits[(size_t)best])) best = e;
+      }
+      ids[k] = best;
+      scores[(size_t)k] = expf(logits[(size_t)best] - most) / sum;
+      chosen += scores[(size_t)k];
+    }
+    if (job.normalise)
+      for (float& score : scores) score /= chosen;
+    put(job.scores, job.dtype, t * job.top_k, scores.data(), job.top_k);
+  }
+  return OK;
 }
 
 static int heads(const Kernels& use, int threads, const Heads& job, int path) {
