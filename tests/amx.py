@@ -17,7 +17,7 @@ from moezip.kernels import build
 from moezip.kernels.native import find
 
 HEADER = Path(__file__).with_name("tiles_emulated.h").resolve()
-TESTS = ("tests/test_kernels.py", "tests/test_packed_kernels.py")
+TESTS = ("tests/test_kernels.py", "tests/test_packed_kernels.py", "tests/test_unpacked.py")
 
 
 def main() -> int:

@@ -30,8 +30,9 @@ int moezip_linear(int, int, P, int, P, int, L, P);
 int moezip_experts(int, int, P, L, L, int, int, float, float, P, int, L, L, P, P, int, P);
 int moezip_plain(int, int, P, int, P);
 int moezip_dense(int, int, P, int, L, L, P, P, L, P);
-int moezip_heads(int, int, P, int, P, L, L, P, float, P, float, int, P, P, L, L, P, P, P);
-int moezip_attend(int, int, P, P, P, L, L, L, L, L, L, L, L, L, L, L, L, L, L, P, int, L, L, float, P, int, P);
+int moezip_heads(int, int, P, int, P, P, float, L, L, P, float, P, float, int, P, P, L, L, P, P, P);
+int moezip_attend(int, int, P, P, P, L, L, L, L, L, L, L, L, L, L, L, L, L, L, P, int, L, L, float, P, int,
+                  P, P, float, float, float, P);
 }
 static uint32_t state = 1;
 static uint32_t drawn() { return state = state * 1664525u + 1013904223u; }
@@ -97,13 +98,13 @@ int main() {
   Matrix query(64, 96, 3, 4);
   const L table[3][5] = {{(L)query.words}, {0, (L)halves.data(), 32, 96, 0}, {0, (L)(halves.data() + 7), 32, 96, 0}};
   uint16_t* to[3] = {heads.data(), heads.data() + 128, heads.data() + 160};
-  if (moezip_heads(0, 1, (P)table, 0, halves.data(), 1, 32, halves.data() + 5, 1e-6f, nullptr, 0, 0, halves.data(),
-                   halves.data() + 32, 30, 0, to[0], to[1], to[2]))
+  if (moezip_heads(0, 1, (P)table, 0, halves.data(), nullptr, 0, 1, 32, halves.data() + 5, 1e-6f, nullptr, 0, 0,
+                   halves.data(), halves.data() + 32, 30, 0, to[0], to[1], to[2]))
     return 1;
   printf("heads: %016llx\n", (unsigned long long)sum(heads.data(), 2 * heads.size()));
   const L out_matrix[5] = {0, (L)halves.data(), 20, 64, 0};
   if (moezip_attend(0, 1, to[0], halves.data(), halves.data() + 100, 1, 2, 1, 9, 32, 32, 64, 32, 0, 0, 32, 0, 0, 32,
-                    nullptr, 0, 0, 0, 0.2f, (P)out_matrix, 0, found.data()))
+                    nullptr, 0, 0, 0, 0.2f, (P)out_matrix, 0, nullptr, nullptr, 0, 0, 0, found.data()))
     return 1;
   printf("attention: %016llx\n", (unsigned long long)sum(found.data(), 2 * 20));
 }

@@ -114,6 +114,13 @@ def exercise_unpacked(library: Native) -> int:
             made_of = [unpacked_tests.matrix(kind, n * width, 96, library, n) for n in (heads, shared, shared)]
             unpacked.heads(made_of, halves(batch, 96), width, *angles, threads=3, library=library)
         calls += 12
+    table = unpacked_tests.experts_of(5, 72, 40, library)
+    for batch in (1, 3):
+        unpacked.finish(
+            halves(batch, 4, 16), halves(batch, 2, 7, 16), halves(batch, 2, 7, 16), 0.3, (halves(72, 64), None),
+            halves(batch, 72), (halves(72), 1e-6), halves(5, 72), 2, table, threads=3, library=library,
+        )  # fmt: skip
+        calls += 1
     return calls
 
 

@@ -15,7 +15,7 @@ from torch import nn
 import moezip
 from moezip.arch.families import ARCHITECTURES
 from moezip.kernels import products
-from moezip.runtime import norms, one_query, one_token, routers, unpacked
+from moezip.runtime import norms, one_layer, one_query, one_token, routers, unpacked
 from moezip.runtime.linear import PackedLinear, set_activations
 from tests.command import Cli
 
@@ -28,6 +28,8 @@ USUAL = {
 NORMED = set(ARCHITECTURES) - {"qwen3_next", "phimoe"}
 # Families whose routers take the softmax of all logits, then the best.
 SOFTMAX = {"mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "olmoe", "jamba"}
+# Families whose decoder layers are of the plain form besides: no shared experts, nothing scaled.
+PLAIN = {"mixtral", "qwen3_moe", "olmoe"}
 # Errors of logits in bf16 against those in float32, the largest of a token, median over contexts, as a share of
 # torch's: 0.7 to 1.6 was measured. Single tokens say little: where two experts are nearly alike, a rounding chooses,
 # and torch's own depend on where its memory lies. Heads that are turned the wrong way make 40 and more.
@@ -108,6 +110,8 @@ def test_new_tokens_are_those_of_torch(
     routed = [module for module in model.modules() if isinstance(module, routers.Router)]
     blocks = [module for module in model.modules() if type(module).__name__.lower().endswith("router")]
     assert len(routed) == (len(blocks) if family in SOFTMAX else 0)
+    layers = [module for module in model.modules() if isinstance(module, one_layer.Layer)]
+    assert len(layers) == (model.config.num_hidden_layers if family in PLAIN else 0)
     heads = calls(monkeypatch, "heads")
     ours = new_token(model)
     assert len(heads) == (CONTEXTS * model.config.num_hidden_layers if family in USUAL else 0)
@@ -130,7 +134,7 @@ def test_a_layer_is_its_own_self_in_numbers(family: str, tiny: Tiny, cli: Cli, t
     given = {"position_embeddings": (angles.cos().bfloat16(), angles.sin().bfloat16()), "attention_mask": None}
     seen = []
     for forward in (type(layer).forward, stock):
-        cache = one_token._Watching()
+        cache = one_token.Watching()
         with torch.no_grad():
             out = forward(layer, hidden, past_key_values=cache, **given)[0]
         seen.append((out, *cache.given))
@@ -138,6 +142,55 @@ def test_a_layer_is_its_own_self_in_numbers(family: str, tiny: Tiny, cli: Cli, t
         assert one.shape == other.shape
         torch.testing.assert_close(one, other, rtol=2.0**-6, atol=2.0**-6 * float(other.abs().max()))
     assert torch.equal(seen[0][2], seen[1][2])
+
+
+def plainly(model: Any) -> list[type]:
+    """Has a model's layers run by their modules; returns their classes before."""
+    layers = [module for module in model.modules() if isinstance(module, one_layer.Layer)]
+    kinds = [type(layer) for layer in layers]
+    for layer in layers:
+        layer.__class__ = type(layer).__bases__[1]
+    return kinds
+
+
+@pytest.mark.parametrize("attention", [8, 16])
+@pytest.mark.parametrize("family", sorted(PLAIN))
+def test_a_layer_whole_gives_the_bits_of_its_modules(
+    family: str, attention: int, tiny: Tiny, cli: Cli, tmp_path: Path
+) -> None:
+    """Sequences of different lengths, all that a model can be asked to return, and activations of 8 bits."""
+    model = moezip.load(quantized(tiny(family, dtype="bfloat16"), tmp_path / "packed", cli, attention))
+    twin = copy.deepcopy(model)
+    assert len(plainly(twin)) == model.config.num_hidden_layers
+    assert all(torch.equal(one, other) for one, other in zip(steps(model), steps(twin), strict=True))
+    found = []
+    for each in (model, twin):
+        with torch.no_grad():
+            cache = each(torch.tensor([[5, 6, 7]]), use_cache=True).past_key_values
+            found.append(each(
+                torch.tensor([[8]]), past_key_values=cache, output_hidden_states=True, output_router_logits=True
+            ))  # fmt: skip
+    assert torch.equal(found[0].logits, found[1].logits)
+    for name in ("hidden_states", "router_logits"):
+        pairs = list(zip(found[0][name], found[1][name], strict=True))
+        assert pairs and all(torch.equal(one, other) for one, other in pairs)
+    exact = steps(model)
+    for each in (model, twin):
+        set_activations(each, "int8")
+    assert all(torch.equal(one, other) for one, other in zip(steps(model), steps(twin), strict=True))
+    assert not torch.equal(steps(model)[1], exact[1])
+
+
+def test_a_layer_whole_is_one_call_for_each_half(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = moezip.load(folder)
+    seen = {name: calls(monkeypatch, name) for name in ("heads", "attend", "norm", "route", "experts", "linear")}
+    steps(model, count=1)
+    before = {name: len(each) for name, each in seen.items()}
+    steps(model, count=2)
+    layers = model.config.num_hidden_layers
+    more = {name: len(each) - 2 * before[name] for name, each in seen.items()}
+    # of the model itself the last norm; its head is plain
+    assert more == {"heads": layers, "attend": layers, "norm": 1, "route": 0, "experts": 0, "linear": 0}
 
 
 # -- what does not fit --------------------------------------------------------------------------------------
@@ -183,6 +236,24 @@ def test_a_layer_that_does_something_else_is_left_alone(folder: Path, monkeypatc
     assert other(lambda positions: positions)
     assert not other(lambda positions: (positions[0], -positions[1]))
     assert not other(lambda positions: (positions[0] * 1.1, positions[1]))
+
+
+def test_a_decoder_layer_that_does_something_else_is_left_alone(folder: Path) -> None:
+    model = moezip.load(folder)
+    layer: Any = model.model.layers[0]
+    stock = type(layer).__bases__[1]
+
+    class Scaled(stock):  # type: ignore[misc,valid-type]
+        def forward(self, hidden_states: Any, position_embeddings: Any = None, attention_mask: Any = None,
+                    past_key_values: Any = None, **more: Any) -> Any:  # fmt: skip
+            found = super().forward(hidden_states, position_embeddings=position_embeddings,
+                                    attention_mask=attention_mask, past_key_values=past_key_values, **more)  # fmt: skip
+            return found + 0.5 * hidden_states
+
+    layer.__class__ = stock
+    assert one_layer.fits(layer)
+    layer.__class__ = Scaled
+    assert not one_layer.fits(layer)
 
 
 @pytest.mark.parametrize("kind", ["by 1 + weight", "in the middle", "rounded once", "rounded twice"])
@@ -338,17 +409,20 @@ def fused(folder: Path) -> Iterator[Any]:
 def test_hooks_see_what_they_saw(fused: Any) -> None:
     """Somebody who listens to a product gets all of its calls, and the result is the same."""
     wanted, seen = steps(fused), []
-    layer: Any = attentions(fused)[0]
-    for name in ("q_proj", "k_norm", "o_proj"):
-        handle = layer._modules[name].register_forward_hook(lambda *_: seen.append(1))
-        found = steps(fused)
-        handle.remove()
-        if name != "k_norm":
-            assert len(seen) == 3  # the prompt and two tokens
-        else:
-            assert len(seen) >= 1  # turned in one go with the heads, as said in one_token
-        seen.clear()
-        assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+    layer = fused.model.layers[0]
+    for path in (
+        "self_attn.q_proj", "self_attn.o_proj", "self_attn.k_norm", "self_attn", "input_layernorm",
+        "post_attention_layernorm", "mlp", "mlp.gate", "mlp.experts",
+    ):  # fmt: skip
+        module = layer.get_submodule(path)
+        for listen in (module.register_forward_hook, module.register_forward_pre_hook):
+            handle = listen(lambda *_: seen.append(1))
+            found = steps(fused)
+            handle.remove()
+            # the prompt and two tokens; heads are normed as they are turned, in one go
+            assert len(seen) == (1 if path.endswith("k_norm") else 3), path
+            seen.clear()
+            assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
 
 
 def test_what_is_put_in_the_place_of_a_module_is_used(fused: Any) -> None:
@@ -360,14 +434,27 @@ def test_what_is_put_in_the_place_of_a_module_is_used(fused: Any) -> None:
             super().__init__()
             self.stock = stock
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return 2 * self.stock(x)
+        def forward(self, *given: torch.Tensor) -> torch.Tensor:
+            return 2 * self.stock(*given)
 
     layer.v_proj = Doubled(layer.v_proj)
     changed = steps(fused)
     assert not torch.equal(changed[1], before[1])
     layer.v_proj = layer.v_proj.stock
     assert torch.equal(steps(fused)[1], before[1])
+    block = fused.model.layers[0].mlp
+    block.experts = Doubled(block.experts)
+    assert not torch.equal(steps(fused)[1], before[1])
+    block.experts = block.experts.stock
+    assert torch.equal(steps(fused)[1], before[1])
+    for owner, name in (
+        (fused.model.layers[0], "mlp"), (fused.model.layers[0], "post_attention_layernorm"), (layer, "q_norm"),
+    ):  # fmt: skip
+        stock = owner._modules[name]
+        setattr(owner, name, Doubled(stock))
+        assert not torch.equal(steps(fused)[1], before[1])
+        setattr(owner, name, stock)
+        assert torch.equal(steps(fused)[1], before[1])
 
 
 def test_other_activations_are_seen(tiny: Tiny, cli: Cli, tmp_path: Path) -> None:
@@ -389,10 +476,15 @@ def test_weights_that_move_are_followed(fused: Any) -> None:
             module.to(torch.bfloat16)  # unpacks what was laid out, which is laid out anew
             assert module.q_proj.matrix is None
             continue
-        weight = module.q_proj.weight
-        old = weight.data
-        weight.data = old.clone()
-        old.fill_(float("nan"))
+        for weight in (module.q_proj.weight, module.q_norm.weight):
+            old = weight.data
+            weight.data = old.clone()
+            old.fill_(float("nan"))
+    for layer in fused.model.layers:
+        for weight in (layer.mlp.gate.weight, layer.input_layernorm.weight, layer.post_attention_layernorm.weight):
+            old = weight.data
+            weight.data = old.clone()
+            old.fill_(float("nan"))
     assert all(torch.equal(one, other) for one, other in zip(steps(fused), before, strict=True))
 
 

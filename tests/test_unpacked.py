@@ -302,6 +302,39 @@ def test_attention_with_a_matrix_is_both_one_after_the_other(kind: str, library:
     assert np.array_equal(found, wanted)
 
 
+def experts_of(count: int, hidden: int, width: int, library: Any) -> Any:
+    from moezip.kernels import products
+
+    shapes = (width, hidden), (width, hidden), (hidden, width)
+    made = [tuple(case(library, *shape, 0, 3, seed=e + i).laid for i, shape in enumerate(shapes)) for e in range(count)]
+    return products.Experts(made, hidden, library=library)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("activations", ["exact", "int8"])
+@pytest.mark.parametrize(("kind", "batch", "top_k"), [("packed", 1, 2), ("plain", 3, 4), ("bias", 8, 1)])
+def test_a_layer_is_its_parts_one_after_the_other(
+    kind: str, batch: int, top_k: int, activations: Any, library: Any
+) -> None:
+    hidden, table = 72, experts_of(5, 72, 40, library)
+    query, key, value = halves(batch, 4, 16), halves(batch, 2, 7, 16, seed=1), halves(batch, 2, 7, 16, seed=2)
+    made, x, router = matrix(kind, hidden, 64, library, 3), halves(batch, hidden, seed=4), halves(5, hidden, seed=5)
+    norm = halves(hidden, seed=6), 1e-6
+    for normalise, small in ((True, True), (False, False)):
+        part = unpacked.attend(query, key, value, None, 0.3, made, activations=activations, library=library)
+        middle = to_halves(from_halves(x) + from_halves(part))
+        normed = unpacked.rms_norm(middle, *norm, library=library)
+        _, scores, ids = unpacked.route(router, normed, top_k, normalise=normalise, halves=small, library=library)
+        weights = from_halves(scores).astype(np.float32) if small else scores
+        out = table.run(normed, ids, weights, "silu", activations=activations)
+        wanted = to_halves(from_halves(middle) + from_halves(out))
+        for threads in (1, 3):
+            found = unpacked.finish(
+                query, key, value, 0.3, made, x, norm, router, top_k, table, normalise=normalise, halves=small,
+                activations=activations, threads=threads, library=library,
+            )  # fmt: skip
+            assert np.array_equal(found, wanted)
+
+
 # -- bad input ----------------------------------------------------------------------------------------------
 
 
@@ -311,6 +344,11 @@ def test_what_does_not_fit_is_refused() -> None:
     q, k, v = halves(1, 4, 8), halves(1, 2, 3, 8), halves(1, 2, 3, 8)
     angles = halves(1, 8), halves(1, 8)
     plain = [(halves(16, 8), None), (halves(8, 8), None), (halves(8, 8), None)]
+    layer: Any = (
+        q, k, v, 1.0, (halves(32, 32), None), halves(1, 32), (halves(32), 0.0), halves(5, 32), 2,
+        experts_of(5, 32, 8, library),
+    )  # fmt: skip
+    assert unpacked.finish(*layer, library=library).shape == (1, 32)
     for call in (
         lambda: unpacked.linear(weight, drawn(2, 7), library=library),
         lambda: unpacked.linear(weight, halves(2, 8), library=library),
@@ -331,6 +369,11 @@ def test_what_does_not_fit_is_refused() -> None:
         lambda: unpacked.attend(q, k, v, np.ones((1, 1, 4), bool), 1.0, library=library),
         lambda: unpacked.attend(q, k, v, np.ones((1, 1, 3)), 1.0, library=library),
         lambda: unpacked.attend(q, k, v, None, 1.0, (halves(5, 31), None), library=library),
+        lambda: unpacked.finish(*layer[:5], halves(1, 31), *layer[6:], library=library),
+        lambda: unpacked.finish(*layer[:7], halves(4, 32), *layer[8:], library=library),
+        lambda: unpacked.finish(*layer[:8], 6, layer[9], library=library),
+        lambda: unpacked.finish(*layer[:4], (halves(31, 32), None), *layer[5:], library=library),
+        lambda: unpacked.finish(*layer, gate="relu", library=library),
         lambda: unpacked.heads(plain, halves(1, 9), 8, *angles, library=library),
         lambda: unpacked.heads(plain[:2], halves(1, 8), 8, *angles, library=library),
         lambda: unpacked.heads(plain, halves(1, 8), 7, *angles, library=library),

@@ -40,8 +40,8 @@ _ARGUMENTS = {
     "moezip_norm": "ii pilll p fi p",
     "moezip_turn": "ii plll pf pp ll p",
     "moezip_route": "ii pp llll ii ppp",
-    "moezip_heads": "ii pi pl l pfpfi pp ll ppp",
-    "moezip_attend": "ii ppp llll ll ll lll lll pill f pi p",
+    "moezip_heads": "ii pi ppf ll pfpfi pp ll ppp",
+    "moezip_attend": "ii ppp llll ll ll lll lll pill f pi ppfff p",
 }
 _FAILURES = {1: "out of memory in a kernel"}
 _NO_EXPERT = 4
@@ -309,22 +309,27 @@ class Native:
             _require(failed)
 
     def heads(
-        self, matrices: int, path: int, x: int, batch: int, width: int,
+        self, matrices: int, path: int, x: int, norm: tuple[int | None, float], batch: int, width: int,
         norms: tuple[int | None, float, int | None, float, bool], positions: tuple[int, int, int, int],
         out: tuple[int, int, int], threads: int,
     ) -> None:  # fmt: skip
         """As ``Heads`` of ``cpu/kernels.h`` has them, in its order; ``matrices``: the address of three ``Either``."""
-        failed = self._heads(self._set, threads, matrices, path, x, batch, width, *norms, *positions, *out)
+        failed = self._heads(self._set, threads, matrices, path, x, *norm, batch, width, *norms, *positions, *out)
         if failed:
             _require(failed)
 
     def attend(
         self, addresses: tuple[int, int, int], shape: Sequence[int], strides: Sequence[int],
         mask: tuple[int | None, int, int, int], scaling: float, matrix: tuple[int | None, int], out: int, threads: int,
+        rest: tuple[int | None, int | None, float, float, float] = (None, None, 0.0, 0.0, 0.0),
     ) -> None:  # fmt: skip
-        """As ``Attend`` of ``cpu/kernels.h`` has them, in its order; ``matrix``: the address of an ``Either``, by which
-        heads are multiplied, and the path of that; or None."""
-        failed = self._attend(self._set, threads, *addresses, *shape, *strides, *mask, scaling, *matrix, out)
+        """As ``Attend`` of ``cpu/kernels.h`` has them, in its order.
+
+        Args:
+            matrix: the address of an ``Either``, by which heads are multiplied, and the path of that; or None.
+            rest: of a decoder layer: addresses of its input and of a ``Block``, epsilon, alpha and limit.
+        """
+        failed = self._attend(self._set, threads, *addresses, *shape, *strides, *mask, scaling, *matrix, *rest, out)
         if failed:
             _require(failed)
 

@@ -255,7 +255,7 @@ class Experts:
             for role, laid in enumerate(each):
                 layout = layouts.setdefault(laid.layout, len(layouts)) if role < 2 else 0
                 self.table[number, role] = laid.described(layout)
-        self._address = self.table.ctypes.data
+        self.address = self.table.ctypes.data
         if len(layouts) > MOST_LAYOUTS:
             raise ValueError(f"groups of {len(layouts)} sizes in one layer; at most {MOST_LAYOUTS}")
 
@@ -330,7 +330,7 @@ class Experts:
             ValueError: an id beyond the last expert.
         """
         self._library.experts(
-            self._address, len(self.table), top_k, path_of(bf16, activations), (GATES[gate[0]], gate[1], gate[2]),
+            self.address, len(self.table), top_k, path_of(bf16, activations), (GATES[gate[0]], gate[1], gate[2]),
             (x, _BF16 if bf16 else _F32, tokens, self.hidden), ids,
             (weights, _BF16 if halves else _F32), out, threads,
         )  # fmt: skip

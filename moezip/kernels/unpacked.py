@@ -40,6 +40,34 @@ class Matrices:
         self.address = self._table.ctypes.data
 
 
+class Block:
+    """The rest of a decoder layer by its addresses, for ``finish``: a norm, a router by softmax, and packed experts.
+
+    Args:
+        norm: address of the weight [D] of an RMS norm, in bf16. router: of the router [E, D], in bf16.
+        normalise, scores: as of ``route``; the dtype of scores, ``BF16`` or ``F32``.
+        gate: name, alpha and limit, as of ``products.Experts.run``.
+    """
+
+    def __init__(
+        self, norm: int, epsilon: float, router: int, top_k: int, normalise: bool, scores: int, table: products.Experts,
+        gate: tuple[str, float, float], activations: str,
+    ):  # fmt: skip
+        self._kept = table
+        self._numbers = np.array(
+            [
+                norm, table.hidden, router, len(table.table), top_k, normalise, scores, table.address,
+                products.path_of(True, activations), products.GATES[gate[0]],
+            ],
+            np.int64,
+        )  # fmt: skip
+        self._floats = epsilon, gate[1], gate[2]
+
+    def rest(self, x: int) -> tuple[int, int, float, float, float]:
+        """As ``moezip.kernels.native`` takes it, of the layer's input at this address."""
+        return (x, self._numbers.ctypes.data, *self._floats)
+
+
 def linear(
     weight: NDArray[Any], x: NDArray[Any], bias: NDArray[Any] | None = None, *, threads: int = 1, library: Any = None
 ) -> NDArray[Any]:
@@ -210,7 +238,7 @@ def heads(
     turned, kept = cosine.shape[1], _at(matrices, library)
     if len(x):
         (library or native()).heads(
-            kept.address, products.path_of(True, activations), x.ctypes.data, len(x), width,
+            kept.address, products.path_of(True, activations), x.ctypes.data, (None, 0.0), len(x), width,
             (*given[0], *given[1], whole),
             (cosine.ctypes.data, sine.ctypes.data, turned, turned if len(cosine) > 1 else 0),
             tuple(each.ctypes.data for each in out), threads,
@@ -242,17 +270,8 @@ def attend(
         ValueError: arguments that do not fit together.
     """
     check.threads(threads)
-    for name, each, axes in (("query", query, 3), ("key", key, 4), ("value", value, 4)):
-        if not isinstance(each, np.ndarray) or each.dtype != np.uint16 or each.ndim != axes:
-            raise ValueError(f"{name} is no uint16 array of {axes} axes")
-        if not each.flags.c_contiguous or not each.size:
-            raise ValueError(f"{name} is empty or not contiguous")
-    batch, heads, width = query.shape
+    batch, heads, width = _attended(query, key, value)
     shared, length, out_width = value.shape[1:]
-    if key.shape != (batch, shared, length, width) or len(value) != batch or heads % shared:
-        raise ValueError(f"query {list(query.shape)}, key {list(key.shape)} and value {list(value.shape)} do not fit")
-    strides = [heads * width, width, shared * length * width, length * width, width]
-    strides += [shared * length * out_width, length * out_width, out_width]
     shape: tuple[int, ...] = (batch, heads, out_width)
     if matrix is not None:
         shape = (batch, _rows(matrix, heads * out_width))
@@ -260,10 +279,83 @@ def attend(
     out = np.empty(shape, np.uint16)
     (library or native()).attend(
         (query.ctypes.data, key.ctypes.data, value.ctypes.data), (batch, heads, shared, length, width, out_width),
-        strides, _mask(mask, batch, heads, length), scaling,
+        _strides(query, key, value), _mask(mask, batch, heads, length), scaling,
         (None if matrix is None else kept.address, products.path_of(True, activations)), out.ctypes.data, threads,
     )  # fmt: skip
     return out
+
+
+def finish(
+    query: NDArray[np.uint16],
+    key: NDArray[np.uint16],
+    value: NDArray[np.uint16],
+    scaling: float,
+    matrix: Either,
+    x: NDArray[np.uint16],
+    norm: tuple[NDArray[np.uint16], float],
+    router: NDArray[np.uint16],
+    top_k: int,
+    table: products.Experts,
+    *,
+    normalise: bool = True,
+    halves: bool = True,
+    gate: str = "silu",
+    activations: Activations = "exact",
+    threads: int = 1,
+    library: Any = None,
+) -> NDArray[np.uint16]:
+    """A decoder layer from its attention on: with h = ``x`` + ``attend``, h + experts(norm h), [n, D] in bf16.
+
+    Args:
+        x: [n, D], what the layer was given. norm: weight [D] and epsilon. The others as of ``attend``, ``route`` and
+            ``products.Experts.run``.
+
+    Raises:
+        ValueError: arguments that do not fit together.
+    """
+    check.threads(threads)
+    check.matrix("x", x, np.uint16)
+    check.vector("weight", norm[0], np.uint16, x.shape[1])
+    check.matrix("router", router, np.uint16)
+    batch, count, width = _attended(query, key, value)
+    if router.shape != (len(table.table), table.hidden) or not 1 <= top_k <= len(router):
+        raise ValueError(f"router {list(router.shape)}, which chooses {top_k}, does not belong to {len(table.table)}")
+    if x.shape != (batch, table.hidden) or _rows(matrix, count * value.shape[3]) != table.hidden:
+        raise ValueError(f"x is {list(x.shape)} for experts of {table.hidden} columns")
+    if gate not in products.GATES:
+        raise ValueError(f"gate is {', '.join(products.GATES)}, not {gate!r}")
+    block = Block(
+        norm[0].ctypes.data, norm[1], router.ctypes.data, top_k, normalise, BF16 if halves else F32, table,
+        (gate, 1.0, 0.0), activations,
+    )  # fmt: skip
+    kept, out = _at([matrix], library), np.empty_like(x)
+    (library or native()).attend(
+        (query.ctypes.data, key.ctypes.data, value.ctypes.data),
+        (batch, count, *value.shape[1:3], width, value.shape[3]), _strides(query, key, value), _mask(None, 0, 0, 0),
+        scaling, (kept.address, products.path_of(True, activations)), out.ctypes.data, threads,
+        block.rest(x.ctypes.data),
+    )  # fmt: skip
+    return out
+
+
+def _attended(query: Any, key: Any, value: Any) -> tuple[int, int, int]:
+    """Sequences, heads and width of queries, keys and values that fit."""
+    for name, each, axes in (("query", query, 3), ("key", key, 4), ("value", value, 4)):
+        if not isinstance(each, np.ndarray) or each.dtype != np.uint16 or each.ndim != axes:
+            raise ValueError(f"{name} is no uint16 array of {axes} axes")
+        if not each.flags.c_contiguous or not each.size:
+            raise ValueError(f"{name} is empty or not contiguous")
+    batch, heads, width = query.shape
+    shared, length = value.shape[1:3]
+    if key.shape != (batch, shared, length, width) or len(value) != batch or heads % shared:
+        raise ValueError(f"query {list(query.shape)}, key {list(key.shape)} and value {list(value.shape)} do not fit")
+    return batch, heads, width
+
+
+def _strides(query: Any, key: Any, value: Any) -> list[int]:
+    """Of sequences and heads of the first, and tokens of the others, in numbers."""
+    parts = (*query.strides[:2], *key.strides[:3], *value.strides[:3])
+    return [stride // 2 for stride in parts]
 
 
 def _rows(matrix: Either, columns: int) -> int:

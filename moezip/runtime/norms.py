@@ -39,6 +39,13 @@ def epsilon_of(module: nn.Module) -> float | None:
     return None
 
 
+def known_epsilon(norm: nn.Module) -> float:
+    """Of a module that is known to be an RMS norm."""
+    found = epsilon_of(norm)
+    assert found is not None
+    return found
+
+
 def _is_norm(module: nn.Module) -> bool:
     """Whether it has the parts and the name of an RMS norm of one tensor. Which one it is, ``_mixin`` finds out."""
     weight = module._parameters.get("weight")
@@ -77,7 +84,7 @@ class Norm(Derived):
         out = torch.empty_like(given)
         products.native().norm(
             given.data_ptr(), DTYPES[dtype], (given.numel() // columns, columns, columns), weight.data_ptr(),
-            epsilon_of(self), self.once, out.data_ptr(), torch.get_num_threads(),  # type: ignore[arg-type]
+            known_epsilon(self), self.once, out.data_ptr(), torch.get_num_threads(),  # type: ignore[arg-type]
         )  # fmt: skip
         return out
 

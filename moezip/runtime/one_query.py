@@ -74,11 +74,13 @@ def on_the_library(
     mask: torch.Tensor | None,
     scaling: float | None,
     matrix: tuple[int, int, int] | None = None,
+    rest: tuple[int | None, int | None, float, float, float] = (None, None, 0.0, 0.0, 0.0),
 ) -> torch.Tensor | None:
     """[n, 1, H, d'], or with a matrix [n, 1, R]; None where the C++ library cannot.
 
     Args:
         matrix: that the heads are multiplied by: address (``moezip.kernels.unpacked.Matrices``), path and R.
+        rest: of a decoder layer, as ``moezip.kernels.native`` takes it; then [n, 1, R] is what the layer returns.
     """
     if query.dtype != torch.bfloat16 or not products.available():
         return None
@@ -100,7 +102,7 @@ def on_the_library(
         (batch, heads, shared, length, width, out_width),
         (*queries[:2], *keys[:3], *values[:3]),
         given, width**-0.5 if scaling is None else scaling, (None, 0) if matrix is None else matrix[:2],
-        out.data_ptr(), torch.get_num_threads(),
+        out.data_ptr(), torch.get_num_threads(), rest,
     )  # fmt: skip
     return out
 

@@ -20,7 +20,7 @@ from moezip.kernels import products, unpacked
 from moezip.runtime import one_query
 from moezip.runtime.derived import Derived, derived
 from moezip.runtime.linear import PackedLinear
-from moezip.runtime.norms import Norm, epsilon_of
+from moezip.runtime.norms import Norm, known_epsilon
 
 _TAKES = {"hidden_states", "position_embeddings", "attention_mask", "past_key_values"}
 _HAS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -79,7 +79,7 @@ def _whole(layer: Any) -> bool | None:
     return None if len(found) > 1 else True in found
 
 
-class _Watching:
+class Watching:
     """A cache with three tokens in it, which remembers what it is given."""
 
     def update(self, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,7 +103,7 @@ def _fits(layer: Any, turned: int, size: float) -> bool:
     random = torch.Generator().manual_seed(1)
     hidden = (size * torch.randn(1, 1, layer.q_proj.in_features, generator=random)).bfloat16()
     positions = tuple(torch.randn(2, 1, 1, turned, generator=random).bfloat16())
-    ours, theirs = _Watching(), _Watching()
+    ours, theirs = Watching(), Watching()
     with torch.no_grad():
         try:
             wanted = type(layer).forward(
@@ -135,19 +135,7 @@ class Attention(Derived):
     ) -> Any:
         """As the layer's own; of one token in bf16 [n, 1, D] here."""
         own: Any = self
-        if (
-            torch.compiler.is_compiling()
-            or torch.is_grad_enabled()
-            or hidden_states.dtype != torch.bfloat16
-            or not hidden_states.is_cpu
-            or hidden_states.dim() != 3
-            or hidden_states.shape[1] != 1
-            or own.config._attn_implementation != one_query.NAME
-            or position_embeddings is None
-            or position_embeddings[0].dtype != torch.bfloat16
-            or position_embeddings[0].shape[-1] not in own._moezip_turned
-            or own.training
-        ):
+        if not takes(own, hidden_states, position_embeddings):
             return super().forward(  # type: ignore[misc]
                 hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask,
                 past_key_values=past_key_values, **more,
@@ -155,7 +143,25 @@ class Attention(Derived):
         return _attend(own, hidden_states, position_embeddings, attention_mask, past_key_values, more)
 
 
-class _Described:
+def takes(layer: Any, hidden: torch.Tensor, positions: Any) -> bool:
+    """Whether a layer of this class attends here to ``hidden``."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and hidden.dtype == torch.bfloat16
+        and hidden.is_cpu
+        and hidden.dim() == 3
+        and hidden.shape[1] == 1
+        and layer.config._attn_implementation == one_query.NAME
+        and positions is not None
+        and positions[0].dtype == torch.bfloat16
+        and positions[0].shape[-1] in layer._moezip_turned
+        and not layer.training
+        and all(isinstance(layer._modules.get(name), (Norm, type(None))) for name in _NORMS)
+    )
+
+
+class Described:
     """The matrices of a layer as the library takes them, good while ``key`` is what the modules say it is."""
 
     def __init__(self, key: Any, layer: Any):
@@ -165,6 +171,8 @@ class _Described:
         self.whole = bool(_whole(layer))
         self.rows = [layer._modules[name].out_features for name in _HAS]
         self.paths = [products.path_of(True, getattr(layer._modules[name], "activations", "exact")) for name in _HAS]
+
+        self.last_matrix = self.last.address, self.paths[3], self.rows[3]
 
     def __reduce__(self) -> Any:
         return type(None), ()  # a copy's layer has matrices of its own
@@ -192,16 +200,16 @@ def _key(module: Any) -> Any:
     return weight.data_ptr(), None if bias is None else bias.data_ptr()  # type: ignore[union-attr]
 
 
-def _described(layer: Any) -> _Described | None:
+def described_of(layer: Any) -> Described | None:
     """None where the modules must be asked one by one."""
     modules = layer._modules
     with torch._C.DisableTorchFunctionSubclass():
         key = [_key(modules[name]) for name in _HAS]
         if None in key or any(modules[name]._forward_hooks for name in _NORMS if modules.get(name) is not None):
             return None
-        found: _Described | None = layer.__dict__.get("_moezip_described")
+        found: Described | None = layer.__dict__.get("_moezip_described")
         if found is None or found.key != key:
-            found = _Described(key, layer)
+            found = Described(key, layer)
             # products of queries, keys and values are one call, which has one kind of activations
             if len(set(found.paths[:3])) > 1:
                 return None
@@ -212,9 +220,31 @@ def _described(layer: Any) -> _Described | None:
 def _attend(
     layer: Any, hidden: torch.Tensor, positions: Any, mask: torch.Tensor | None, cache: Any, more: dict[str, Any]
 ) -> tuple[torch.Tensor, None]:
-    described = _described(layer) if len(hidden) <= MOST_TOKENS else None
+    described = described_of(layer) if len(hidden) <= MOST_TOKENS else None
     if described is None:
         return _by_modules(layer, hidden, positions, mask, cache, more)
+    query, key, value = heads(layer, described, hidden, positions, (None, 0.0), cache)
+    found = None
+    if plain(more):
+        found = one_query.on_the_library(query, key, value, mask, layer.scaling, described.last_matrix)
+    if found is None:
+        found = attended(layer, query, key, value, mask, more)
+    return found, None
+
+
+def heads(
+    layer: Any,
+    described: Described,
+    hidden: torch.Tensor,
+    positions: Any,
+    norm: tuple[int | None, float],
+    cache: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries of a token, and keys and values of all that the cache has with it.
+
+    Args:
+        norm: of ``hidden`` before all else: the address of its weight or None, and its epsilon.
+    """
     width, batch, modules = layer.head_dim, len(hidden), layer._modules
     cosine, sine = (each.contiguous() for each in positions)
     turned, given = cosine.shape[-1], hidden.contiguous()
@@ -222,22 +252,31 @@ def _attend(
         torch.empty((batch, rows // width, 1, width), dtype=hidden.dtype) for rows in described.rows[:3]
     )
     products.native().heads(
-        described.given.address, described.paths[0], given.data_ptr(), batch, width,
+        described.given.address, described.paths[0], given.data_ptr(), norm, batch, width,
         (*_normed(modules.get("q_norm")), *_normed(modules.get("k_norm")), described.whole),
         (cosine.data_ptr(), sine.data_ptr(), turned, turned if len(cosine) > 1 else 0),
         (query.data_ptr(), key.data_ptr(), value.data_ptr()), torch.get_num_threads(),
     )  # fmt: skip
     if cache is not None:
         key, value = cache.update(key, value, layer.layer_idx)
-    last = (described.last.address, described.paths[3], described.rows[3])
-    found = one_query.on_the_library(query, key, value, mask, layer.scaling, last) if _plain(more) else None
-    if found is None:
-        out, _ = one_query.attention(layer, query, key, value, mask, scaling=layer.scaling, **more)
-        found = modules["o_proj"](out.reshape(batch, 1, -1))
-    return found, None
+    return query, key, value
 
 
-def _plain(more: dict[str, Any]) -> bool:
+def attended(
+    layer: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    more: dict[str, Any],
+) -> torch.Tensor:
+    """What the layer makes of them, where the library has no attention for them."""
+    out, _ = one_query.attention(layer, query, key, value, mask, scaling=layer.scaling, **more)
+    found: torch.Tensor = layer._modules["o_proj"](out.reshape(len(query), 1, -1))
+    return found
+
+
+def plain(more: dict[str, Any]) -> bool:
     return not any(more.get(name) is not None for name in one_query.FOR_SDPA)
 
 
@@ -259,9 +298,7 @@ def _by_modules(
 def _normed(norm: nn.Module | None) -> tuple[int | None, float]:
     if norm is None:
         return None, 0.0
-    epsilon = epsilon_of(norm)
-    assert epsilon is not None  # _has_the_parts
-    return norm._parameters["weight"].data_ptr(), epsilon  # type: ignore[union-attr]
+    return norm._parameters["weight"].data_ptr(), known_epsilon(norm)  # type: ignore[union-attr]
 
 
 def _turned(

@@ -22,7 +22,7 @@ from moezip.runtime.derived import Derived, derived
 MOST_TOKENS = 8
 # Tokens that a router is asked about.
 ASKED = 32
-_SCORES = {torch.bfloat16: unpacked.BF16, torch.float32: unpacked.F32}
+SCORES = {torch.bfloat16: unpacked.BF16, torch.float32: unpacked.F32}
 
 
 def use(model: nn.Module) -> None:
@@ -81,7 +81,7 @@ def _route(
     logits = torch.empty((tokens, experts), dtype=torch.bfloat16)
     scores, ids = torch.empty((tokens, top_k), dtype=dtype), torch.empty((tokens, top_k), dtype=torch.int64)
     products.native().route(
-        weight.data_ptr(), given.data_ptr(), (experts, columns, tokens, top_k), normalise, _SCORES[dtype],
+        weight.data_ptr(), given.data_ptr(), (experts, columns, tokens, top_k), normalise, SCORES[dtype],
         logits.data_ptr(), scores.data_ptr(), ids.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return logits, scores, ids
@@ -102,7 +102,7 @@ def _form(router: Any) -> tuple[bool, torch.dtype] | None:
         if not isinstance(theirs, tuple) or [getattr(each, "ndim", 0) for each in theirs] != [2, 2, 2]:
             return None
         logits, scores, ids = theirs
-        if logits.dtype != torch.bfloat16 or scores.dtype not in _SCORES or ids.dtype != torch.int64:
+        if logits.dtype != torch.bfloat16 or scores.dtype not in SCORES or ids.dtype != torch.int64:
             return None
         shares = logits.float().softmax(-1)
         if ids.shape != (ASKED, router.top_k) or not torch.equal(logits, F.linear(given, weight)):

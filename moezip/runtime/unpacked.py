@@ -18,7 +18,7 @@ from torch import nn
 
 from moezip.arch.ragged import Matrix
 from moezip.kernels import products
-from moezip.runtime import norms, one_query, one_token, routers
+from moezip.runtime import norms, one_layer, one_query, one_token, routers
 from moezip.runtime.norms import DTYPES
 
 # Tokens up to which products are faster here than torch's. Measured at [2048, 2048] in bf16 on one and two threads of a
@@ -45,6 +45,7 @@ def use(model: Any) -> None:
     norms.use(model)
     routers.use(model)
     one_token.use(model)
+    one_layer.use(model)
 
 
 def _is_matrix(parameter: torch.Tensor) -> bool:

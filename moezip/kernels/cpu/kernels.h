@@ -194,6 +194,8 @@ struct Route {
 struct Heads {
   const Either* matrices;  // of queries, keys and values
   const uint16_t* x;       // [batch, columns]
+  const uint16_t* norm;    // [columns], of an RMS norm of x before all else; or null
+  float epsilon;
   int64_t batch, width;    // numbers of a head
   const uint16_t* weights[2];  // of RMS norms of queries and keys, or null: [width] of each head, or
   int whole;                   // of all heads of a token as one
@@ -201,6 +203,17 @@ struct Heads {
   const uint16_t *cosine, *sine;
   int64_t turned, stride;  // as Turn has them
   uint16_t* out[3];
+};
+
+// What a decoder layer does after its attention, of the plain form: a norm, a router by softmax, and packed experts. Ten
+// numbers, as kernels/native.py lays them down.
+struct Block {
+  int64_t norm;  // address, [hidden]
+  int64_t hidden;
+  int64_t router;  // address, [experts, hidden]
+  int64_t experts, top_k, normalise, scores;  // as Route has them; scores: their dtype
+  int64_t table;                              // address of Matrix [experts, 3]
+  int64_t path, activation;
 };
 
 // Heads of queries or keys, normed and turned by their positions; all in bf16.

@@ -365,12 +365,12 @@ MOEZIP_API int moezip_route(int set, int threads, const void* weight, const void
   }
 }
 
-MOEZIP_API int moezip_heads(int set, int threads, const Either* matrices, int path, const uint16_t* x, int64_t batch,
-                            int64_t width, const uint16_t* query_weight, float query_epsilon,
+MOEZIP_API int moezip_heads(int set, int threads, const Either* matrices, int path, const uint16_t* x,
+                            const uint16_t* norm, float epsilon, int64_t batch, int64_t width, const uint16_t* query_weight, float query_epsilon,
                             const uint16_t* key_weight, float key_epsilon, int whole, const uint16_t* cosine,
                             const uint16_t* sine, int64_t turned, int64_t stride, uint16_t* query, uint16_t* key,
                             uint16_t* value) {
-  const Heads job = {matrices, x, batch, width, {query_weight, key_weight}, whole, {query_epsilon, key_epsilon},
+  const Heads job = {matrices, x, norm, epsilon, batch, width, {query_weight, key_weight}, whole, {query_epsilon, key_epsilon},
                      cosine, sine, turned, stride, {query, key, value}};
   return moezip::heads(*SETS[set], threads, job, path);
 }
@@ -380,9 +380,15 @@ MOEZIP_API int moezip_attend(int set, int threads, const uint16_t* query, const 
                              int64_t out_width, int64_t query_batch, int64_t query_head, int64_t key_batch,
                              int64_t key_head, int64_t key_token, int64_t value_batch, int64_t value_head,
                              int64_t value_token, const void* mask, int mask_kind, int64_t mask_batch,
-                             int64_t mask_head, float scaling, const Either* matrix, int path, uint16_t* out) {
+                             int64_t mask_head, float scaling, const Either* matrix, int path, const uint16_t* x,
+                             const Block* block, float epsilon, float alpha, float limit, uint16_t* out) {
   const Attend job = {query,       key,        value,      batch,     heads,      shared,     length,   width,
                       out_width,   query_batch, query_head, key_batch, key_head,  key_token,  value_batch, value_head,
                       value_token, mask,       mask_kind,  mask_batch, mask_head, scaling,    out};
-  return moezip::attend(*SETS[set], threads, job, matrix, path);
+  if (!block) return moezip::attend(*SETS[set], threads, job, matrix, path);
+  try {
+    return finish(*SETS[set], threads, job, matrix, path, x, *block, epsilon, alpha, limit, out);
+  } catch (const std::bad_alloc&) {
+    return NO_MEMORY;
+  }
 }

@@ -107,6 +107,7 @@ static float from_half(uint16_t half) {
 
 static const Matrix& packed(const Either& e) { return *reinterpret_cast<const Matrix*>(e.packed); }
 static int64_t rows_of(const Either& e) { return e.packed ? packed(e).rows : e.rows; }
+static int64_t columns_of(const Either& e) { return e.packed ? packed(e).columns : e.columns; }
 
 // Rows of a plain matrix, as many as a pair of blocks has.
 static void plain_rows(const Kernels& use, const Either& e, int64_t row, const void* x, int dtype, int64_t tokens,
@@ -403,13 +404,22 @@ static int route(const Kernels& use, int threads, const Route& job) {
 
 static int heads(const Kernels& use, int threads, const Heads& job, int path) {
   const int64_t rows[2] = {rows_of(job.matrices[0]), rows_of(job.matrices[1])};
+  const int64_t columns = columns_of(job.matrices[0]);
   Scratch scratch(Scratch::rounded((size_t)(2 * job.batch * rows[0])) +
-                  Scratch::rounded((size_t)(2 * job.batch * rows[1])));
+                  Scratch::rounded((size_t)(2 * job.batch * rows[1])) +
+                  Scratch::rounded((size_t)(2 * job.batch * columns)));
   if (!scratch.memory) return NO_MEMORY;
+  const uint16_t* x = job.x;
+  if (job.norm) {
+    uint16_t* normed = scratch.take<uint16_t>((size_t)(job.batch * columns));
+    const int failed = norm(use, threads, {x, BF16, job.batch, columns, columns, job.norm, job.epsilon, normed, false});
+    if (failed) return failed;
+    x = normed;
+  }
   uint16_t* straight[2] = {scratch.take<uint16_t>((size_t)(job.batch * rows[0])),
                            scratch.take<uint16_t>((size_t)(job.batch * rows[1]))};
   void* const out[3] = {straight[0], straight[1], job.out[2]};
-  int result = multiply(use, threads, job.matrices, 3, path, job.x, BF16, job.batch, out);
+  int result = multiply(use, threads, job.matrices, 3, path, x, BF16, job.batch, out);
   for (int i = 0; i < 2 && !result; ++i) {
     const bool whole = job.whole && job.weights[i];
     if (whole)  // in place: a number is read before it is written
@@ -434,6 +444,44 @@ static int attend(const Kernels& use, int threads, Attend job, const Either* mat
   const int result = together(threads, job.batch * job.shared * runs, least,
                               [&](int64_t first, int64_t last) { return use.attend(job, first, last); });
   return result || !matrix ? result : multiply(use, threads, matrix, 1, path, job.out, BF16, job.batch, out);
+}
+
+// Sums, rounded to bf16.
+static void add(const uint16_t* one, const uint16_t* other, int64_t count, uint16_t* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = to_half(from_half(one[i]) + from_half(other[i]));
+}
+
+// The rest of a decoder layer from its attention on, of tokens x [batch, hidden].
+static int finish(const Kernels& use, int threads, const Attend& attention, const Either* matrix, int path,
+                  const uint16_t* x, const Block& block, float epsilon, float alpha, float limit, uint16_t* out) {
+  const int64_t tokens = attention.batch, count = tokens * block.hidden, slots = tokens * block.top_k;
+  const size_t line = Scratch::rounded((size_t)(2 * count));
+  Scratch scratch(3 * line + Scratch::rounded((size_t)(2 * tokens * block.experts)) +
+                  Scratch::rounded((size_t)(4 * slots)) + Scratch::rounded((size_t)(8 * slots)));
+  if (!scratch.memory) return NO_MEMORY;
+  uint16_t* part = scratch.take<uint16_t>((size_t)count);
+  uint16_t* sum = scratch.take<uint16_t>((size_t)count);
+  uint16_t* normed = scratch.take<uint16_t>((size_t)count);
+  uint16_t* logits = scratch.take<uint16_t>((size_t)(tokens * block.experts));
+  float* scores = scratch.take<float>((size_t)slots);
+  int64_t* ids = scratch.take<int64_t>((size_t)slots);
+  Attend job = attention;
+  job.out = part;
+  int failed = attend(use, threads, job, matrix, path);
+  if (failed) return failed;
+  add(x, part, count, sum);
+  failed = norm(use, threads, {sum, BF16, tokens, block.hidden, block.hidden,
+                               reinterpret_cast<const void*>(block.norm), epsilon, normed, false});
+  if (failed) return failed;
+  failed = route(use, threads, {reinterpret_cast<const void*>(block.router), normed, block.experts, block.hidden, tokens,
+                                block.top_k, block.normalise != 0, (int)block.scores, logits, scores, ids});
+  if (failed) return failed;
+  failed = experts(use, threads, {reinterpret_cast<const Matrix(*)[3]>(block.table), block.experts, block.top_k, tokens,
+                                  block.hidden, (int)block.path, BF16, (int)block.activation, alpha, limit, normed, ids,
+                                  scores, (int)block.scores, part});
+  if (failed) return failed;
+  add(sum, part, count, out);
+  return OK;
 }
 
 }  // namespace moezip
