@@ -19,6 +19,11 @@ class Derived:
         return _new, (mixin, kind), self.__dict__
 
 
+def untouched(module: nn.Module) -> bool:
+    """Whether nobody listens to a module or has put something in front of it, so that it need not be called itself."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
 _made: dict[tuple[type, type], type[nn.Module]] = {}
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from moezip.kernels import unpacked
 from moezip.runtime import one_query, one_token
-from moezip.runtime.derived import Derived, derived
+from moezip.runtime.derived import Derived, derived, untouched
 from moezip.runtime.linear import WATCHERS, PackedExperts
 from moezip.runtime.norms import Norm, known_epsilon
 from moezip.runtime.routers import SCORES, Router
@@ -105,7 +105,7 @@ def _described(layer: Any) -> _Described | None:
     if router is None or experts is None:
         return None
     for module in (parts["self_attn"], mlp, router, experts, parts[_NORMS[0]], parts[_NORMS[1]]):
-        if module._forward_hooks or module._forward_pre_hooks:
+        if not untouched(module):
             return None
     kinds = (parts[_NORMS[0]], Norm), (parts[_NORMS[1]], Norm), (router, Router), (experts, PackedExperts)
     if not all(isinstance(module, kind) for module, kind in kinds):
@@ -117,7 +117,7 @@ def _described(layer: Any) -> _Described | None:
         return None
     with torch._C.DisableTorchFunctionSubclass():
         weight, norm = router._parameters["weight"], parts[_NORMS[1]]._parameters["weight"]
-        if weight.dtype != torch.bfloat16 or norm.dtype != torch.bfloat16 or len(weight) != experts.num_experts:
+        if not (one_token.in_halves(weight) and one_token.in_halves(norm)) or len(weight) != experts.num_experts:
             return None
         key = (experts._table, experts.activations, weight.data_ptr(), norm.data_ptr(), router.top_k)
         found: _Described | None = layer.__dict__.get("_moezip_block")
@@ -135,7 +135,7 @@ def _run(
     block = _described(layer)
     matrices = one_token.described_of(attention) if block is not None and one_token.plain(more) else None
     weight = norm._parameters["weight"]
-    if block is None or matrices is None or weight.dtype != torch.bfloat16:
+    if block is None or matrices is None or not one_token.in_halves(weight):
         return None
     given = hidden.contiguous()
     query, key, value = one_token.heads(

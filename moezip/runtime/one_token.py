@@ -18,7 +18,7 @@ from torch import nn
 
 from moezip.kernels import products, unpacked
 from moezip.runtime import one_query
-from moezip.runtime.derived import Derived, derived
+from moezip.runtime.derived import Derived, derived, untouched
 from moezip.runtime.linear import PackedLinear
 from moezip.runtime.norms import Norm, known_epsilon
 
@@ -157,8 +157,19 @@ def takes(layer: Any, hidden: torch.Tensor, positions: Any) -> bool:
         and positions[0].dtype == torch.bfloat16
         and positions[0].shape[-1] in layer._moezip_turned
         and not layer.training
-        and all(isinstance(layer._modules.get(name), (Norm, type(None))) for name in _NORMS)
+        and all(_stands(layer._modules.get(name)) for name in _NORMS)
     )
+
+
+def _stands(norm: Any) -> bool:
+    """Whether a norm of heads, or none, is still what it was when the layer was asked."""
+    known = norm is None or isinstance(norm, Norm)
+    return known and (norm is None or (untouched(norm) and in_halves(norm._parameters["weight"])))
+
+
+def in_halves(weight: torch.Tensor) -> bool:
+    """Whether the library can read it: in bf16, and not somewhere else until it is needed."""
+    return weight.dtype == torch.bfloat16 and weight.is_cpu and weight.is_contiguous()
 
 
 class Described:
@@ -171,7 +182,6 @@ class Described:
         self.whole = bool(_whole(layer))
         self.rows = [layer._modules[name].out_features for name in _HAS]
         self.paths = [products.path_of(True, getattr(layer._modules[name], "activations", "exact")) for name in _HAS]
-
         self.last_matrix = self.last.address, self.paths[3], self.rows[3]
 
     def __reduce__(self) -> Any:
@@ -187,16 +197,15 @@ def _either(module: Any) -> Any:
 
 def _key(module: Any) -> Any:
     """Changes when what the library would be told of a module does; None where it cannot do what the module does."""
-    if module._forward_hooks or module._forward_pre_hooks:
+    if not untouched(module):
         return None
     if type(module) is PackedLinear:
         return None if module.matrix is None and not module.lay_out() else (module.matrix, module.activations)
     if type(module) is not nn.Linear:
         return None
     weight, bias = module._parameters["weight"], module._parameters["bias"]
-    for each in (weight, bias):
-        if each is not None and not (each.dtype == torch.bfloat16 and each.is_cpu and each.is_contiguous()):
-            return None
+    if not all(each is None or in_halves(each) for each in (weight, bias)):
+        return None
     return weight.data_ptr(), None if bias is None else bias.data_ptr()  # type: ignore[union-attr]
 
 
@@ -205,7 +214,7 @@ def described_of(layer: Any) -> Described | None:
     modules = layer._modules
     with torch._C.DisableTorchFunctionSubclass():
         key = [_key(modules[name]) for name in _HAS]
-        if None in key or any(modules[name]._forward_hooks for name in _NORMS if modules.get(name) is not None):
+        if None in key:
             return None
         found: Described | None = layer.__dict__.get("_moezip_described")
         if found is None or found.key != key:
