@@ -193,6 +193,19 @@ def test_a_layer_whole_is_one_call_for_each_half(folder: Path, monkeypatch: pyte
     assert more == {"heads": layers, "attend": layers, "norm": 1, "route": 0, "experts": 0, "linear": 0}
 
 
+@pytest.mark.parametrize("more", [{"cache_implementation": "static"}, {"num_beams": 3}, {"use_cache": False}], ids=str)
+def test_other_ways_to_generate(folder: Path, more: dict[str, Any]) -> None:
+    """A cache of a fixed size, beams that change places, no cache: the same tokens as by the modules."""
+    model = moezip.load(folder)
+    ids = torch.randint(3, 100, (2, 7), generator=torch.Generator().manual_seed(1))
+    given = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "disable_compile": True}
+    found = model.generate(ids, **given, **more)
+    plainly(model)
+    assert torch.equal(model.generate(ids, **given, **more), found)
+    if "num_beams" not in more:
+        assert torch.equal(model.generate(ids, **given), found)
+
+
 # -- what does not fit --------------------------------------------------------------------------------------
 
 

@@ -101,6 +101,16 @@ def test_anything_else_is_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
     one_query.attention(module, one, key, value, None)  # gradients may be wanted
 
 
+def test_masks_that_do_not_fit_are_not_read() -> None:
+    """Fewer places than keys, or another number of sequences or heads: torch says what is wrong with them."""
+    query, key = torch.ones(2, 4, 1, 8).bfloat16(), torch.ones(2, 2, 5, 8).bfloat16()
+    for shape in ((2, 1, 1, 4), (3, 1, 1, 5), (2, 2, 1, 5), (2, 1, 2, 5)):
+        assert one_query.on_the_library(query, key, key, torch.ones(shape, dtype=torch.bool), None) is None
+    if products.available():
+        for shape in ((2, 1, 1, 5), (1, 4, 1, 9)):
+            assert one_query.on_the_library(query, key, key, torch.ones(shape, dtype=torch.bool), None) is not None
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3"])
 def test_a_packed_model_generates_with_it(family: str, tiny: Tiny, cli: Cli, tmp_path: Path) -> None:
     """Logits of a new token behind prompts of different lengths are those that torch's own attention gives."""

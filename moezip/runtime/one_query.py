@@ -92,7 +92,9 @@ def on_the_library(
     given: tuple[int | None, int, int, int] = (None, unpacked.NO_MASK, 0, 0)
     if mask is not None:
         kind = _MASKS.get(mask.dtype)
-        if kind is None or mask.stride(3) != 1 or mask.shape[2] != 1:
+        if kind is None or mask.stride(3) != 1 or mask.shape[2] != 1 or mask.shape[3] < length:
+            return None
+        if mask.shape[0] not in (1, batch) or mask.shape[1] not in (1, heads):
             return None
         by_sequence, by_head = (mask.stride(axis) if mask.shape[axis] > 1 else 0 for axis in (0, 1))
         given = (mask.data_ptr(), kind, by_sequence, by_head)
