@@ -206,6 +206,26 @@ def test_other_ways_to_generate(folder: Path, more: dict[str, Any]) -> None:
         assert torch.equal(model.generate(ids, **given), found)
 
 
+def test_arguments_by_place_are_the_layers_own(tiny: Tiny, cli: Cli, tmp_path: Path) -> None:
+    """Mixtral's decoder layers take positions before the mask, Qwen's after it."""
+    for family, order in (("mixtral", "positions first"), ("qwen3_moe", "mask first")):
+        model = moezip.load(quantized(tiny(family, dtype="bfloat16"), tmp_path / family, cli))
+        layer, hidden = model.model.layers[0], torch.randn(1, 1, model.config.hidden_size).bfloat16()
+        positions = tuple(torch.randn(2, 1, 1, layer.self_attn.head_dim).bfloat16())
+        with torch.no_grad():
+            wanted = layer(hidden, attention_mask=None, position_embeddings=positions)
+            if order == "positions first":
+                found = layer(hidden, positions, None)
+            else:
+                found = layer(hidden, None, position_embeddings=positions)
+            assert torch.equal(found, wanted)
+            (one, _), (other, _) = (
+                layer.self_attn(hidden, positions, None),
+                layer.self_attn(hidden_states=hidden, position_embeddings=positions, attention_mask=None),
+            )
+            assert torch.equal(one, other)
+
+
 # -- what does not fit --------------------------------------------------------------------------------------
 
 

@@ -25,7 +25,6 @@ from moezip.runtime.routers import SCORES, Router
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 _PARTS = {"self_attn", "mlp", *_NORMS}
 _BLOCK = {"gate", "experts"}
-_TAKES = {"hidden_states", "position_embeddings", "attention_mask", "past_key_values"}
 
 
 def use(model: nn.Module) -> None:
@@ -45,38 +44,27 @@ def _has_the_parts(module: Any) -> bool:
         and set(block) == _BLOCK
         and isinstance(block["gate"], Router)
         and isinstance(block["experts"], PackedExperts)
-        and set(inspect.signature(type(module).forward).parameters) >= _TAKES
+        and set(inspect.signature(type(module).forward).parameters) >= one_token.TAKES
     )
 
 
 class Layer(Derived):
     """A decoder layer of the plain form."""
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        use_cache: bool | None = False,
-        position_embeddings: Any = None,
-        **more: Any,
-    ) -> Any:
-        """As the layer's own; of one token in bf16 [n, 1, D] here."""
+    def forward(self, hidden_states: torch.Tensor, *others: Any, **given: Any) -> Any:
+        """As the layer's own, whose order of arguments differs by family; of one token in bf16 [n, 1, D] here."""
         own: Any = self
         attention = own._modules["self_attn"]
         if (
-            isinstance(attention, one_token.Attention)
+            not others
+            and isinstance(attention, one_token.Attention)
             and len(hidden_states) <= one_token.MOST_TOKENS
-            and one_token.takes(attention, hidden_states, position_embeddings)
+            and one_token.takes(attention, hidden_states, given.get("position_embeddings"))
         ):
-            found = _run(own, hidden_states, position_embeddings, attention_mask, past_key_values, more)
+            found = _run(own, hidden_states, *one_token.asked(given))
             if found is not None:
                 return found
-        return super().forward(  # type: ignore[misc]
-            hidden_states, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
-            use_cache=use_cache, position_embeddings=position_embeddings, **more,
-        )  # fmt: skip
+        return super().forward(hidden_states, *others, **given)  # type: ignore[misc]
 
 
 class _Described:

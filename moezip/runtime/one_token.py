@@ -22,7 +22,8 @@ from moezip.runtime.derived import Derived, derived, untouched
 from moezip.runtime.linear import PackedLinear
 from moezip.runtime.norms import Norm, known_epsilon
 
-_TAKES = {"hidden_states", "position_embeddings", "attention_mask", "past_key_values"}
+_GIVEN = ("position_embeddings", "attention_mask", "past_key_values")
+TAKES = {"hidden_states", *_GIVEN}
 _HAS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _NORMS = ("q_norm", "k_norm")
 # Sequences of a batch up to which all of a layer is done in two calls; as MOST_TOKENS of ``moezip.runtime.unpacked``.
@@ -56,7 +57,7 @@ def _has_the_parts(module: Any) -> bool:
         and width % 4 == 0
         and isinstance(getattr(module, "scaling", None), float)
         and isinstance(getattr(module, "layer_idx", None), int)
-        and set(inspect.signature(type(module).forward).parameters) >= _TAKES
+        and set(inspect.signature(type(module).forward).parameters) >= TAKES
         and _whole(module) is not None
         and all(each.is_cpu for each in (*module.parameters(), *module.buffers()))
         and all(each.dtype == torch.bfloat16 for each in module.parameters())
@@ -125,22 +126,19 @@ def _fits(layer: Any, turned: int, size: float) -> bool:
 class Attention(Derived):
     """An attention layer of the usual form."""
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: Any = None,
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        **more: Any,
-    ) -> Any:
-        """As the layer's own; of one token in bf16 [n, 1, D] here."""
+    def forward(self, hidden_states: torch.Tensor, *others: Any, **given: Any) -> Any:
+        """As the layer's own, whose order of arguments differs by family; of one token in bf16 [n, 1, D] here."""
         own: Any = self
-        if not takes(own, hidden_states, position_embeddings):
-            return super().forward(  # type: ignore[misc]
-                hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask,
-                past_key_values=past_key_values, **more,
-            )  # fmt: skip
-        return _attend(own, hidden_states, position_embeddings, attention_mask, past_key_values, more)
+        if others or not takes(own, hidden_states, given.get("position_embeddings")):
+            return super().forward(hidden_states, *others, **given)  # type: ignore[misc]
+        return _attend(own, hidden_states, *asked(given))
+
+
+def asked(given: dict[str, Any]) -> tuple[Any, torch.Tensor | None, Any, dict[str, Any]]:
+    """Positions, mask and cache of what a layer is called with, and the rest."""
+    more = dict(given)
+    positions, mask, cache = (more.pop(name, None) for name in _GIVEN)
+    return positions, mask, cache, more
 
 
 def takes(layer: Any, hidden: torch.Tensor, positions: Any) -> bool:
