@@ -15,6 +15,7 @@ from torch import nn
 import moezip
 from moezip.arch.families import ARCHITECTURES
 from moezip.kernels import products
+from moezip.kernels.unpacked import MOST_TOKENS
 from moezip.runtime import norms, one_layer, one_query, one_token, routers, unpacked
 from moezip.runtime.linear import PackedLinear, set_activations
 from tests.command import Cli
@@ -226,6 +227,28 @@ def test_arguments_by_place_are_the_layers_own(tiny: Tiny, cli: Cli, tmp_path: P
             assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["layer", "attention"])
+def test_masks_that_the_library_does_not_take(folder: Path, whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is added in fp16 is torch's to add, when the cache has the token already: it gets it once."""
+    model = moezip.load(folder)
+    if not whole:
+        plainly(model)
+    layer = model.model.layers[0]
+    module, hidden = (layer if whole else layer.self_attn), torch.randn(2, 1, model.config.hidden_size).bfloat16()
+    positions = tuple(torch.randn(2, 1, 1, layer.self_attn.head_dim).bfloat16())
+    found = []
+    attended = calls(monkeypatch, "attend")
+    for dtype in (torch.bfloat16, torch.float16):
+        mask = torch.tensor([0.0, -1.0, 0.5, 0.0]).to(dtype).expand(2, 1, 1, 4)
+        cache = one_token.Watching()
+        with torch.no_grad():
+            out = module(hidden, attention_mask=mask, position_embeddings=positions, past_key_values=cache)
+        found.append(out if whole else out[0])
+        assert cache.updates == 1
+    assert len(attended) == 1
+    torch.testing.assert_close(*found, rtol=2.0**-6, atol=2.0**-6)
+
+
 # -- what does not fit --------------------------------------------------------------------------------------
 
 
@@ -423,12 +446,12 @@ def test_many_tokens_are_torchs(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     model = moezip.load(folder)
     dense, heads = calls(monkeypatch, "dense"), calls(monkeypatch, "heads")
     with torch.no_grad():
-        model.lm_head(torch.randn(unpacked.MOST_TOKENS, 32).bfloat16())
+        model.lm_head(torch.randn(MOST_TOKENS, 32).bfloat16())
         assert len(dense) == 1
-        model.lm_head(torch.randn(unpacked.MOST_TOKENS + 1, 32).bfloat16())
+        model.lm_head(torch.randn(MOST_TOKENS + 1, 32).bfloat16())
         model.lm_head(torch.empty(0, 32).bfloat16())
         assert len(dense) == 1
-    steps(model, rows=one_token.MOST_TOKENS + 1)
+    steps(model, rows=MOST_TOKENS + 1)
     assert not heads
 
 

@@ -334,10 +334,9 @@ def test_order_of_tokens_and_experts_does_not_matter(library: Any) -> None:
 def test_experts_that_are_left_out(library: Any) -> None:
     table, _ = layer(library)
     x, ids, weights = routed(4)
-    for nobody in (-1, len(WIDTHS)):
-        assert not table.run(x, np.full_like(ids, nobody), weights, "silu", threads=2).any()
+    assert not table.run(x, np.full_like(ids, -1), weights, "silu", threads=2).any()
     with pytest.raises(ValueError, match="beyond the last"):
-        table.run(x, np.full_like(ids, len(WIDTHS) + 1), weights, "silu")
+        table.run(x, np.full_like(ids, len(WIDTHS)), weights, "silu")
     with pytest.raises(ValueError):
         table.run(x, ids[:3], weights, "silu")
     with pytest.raises(ValueError, match="gate"):

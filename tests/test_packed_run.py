@@ -64,6 +64,25 @@ def routed(module: PackedExperts, tokens: int, dtype: torch.dtype) -> tuple[torc
     return torch.randn(tokens, module.hidden_dim, dtype=dtype), ids, torch.rand(tokens, k, dtype=dtype)
 
 
+def test_nobody_runs_and_no_one_else_is_taken_for_it(tiny: Tiny, tmp_path: Path) -> None:
+    """The id of run-time skipping's nobody is left out; one beyond it is a fault. Gate weights may be bf16."""
+    module = experts_of(moezip.load(packed(tiny("qwen3_moe", dtype="bfloat16"), tmp_path, all_alike, everything)))[0]
+    assert module.lay_out() and module._table is not None and module._gate is not None
+    x, ids, weights = routed(module, 5, torch.bfloat16)
+    given = module._gate, "exact"
+    whole = fast.experts(module._table, x, ids, weights, *given)
+    assert torch.equal(whole, fast.experts(module._table, x, ids, weights.float(), *given))
+    nobody = ids.clone()
+    nobody[:, 1] = module.num_experts
+    none = weights.clone()
+    none[:, 1] = 0
+    assert torch.equal(
+        fast.experts(module._table, x, nobody, weights, *given), fast.experts(module._table, x, ids, none, *given)
+    )
+    with pytest.raises(ValueError, match="beyond the last"):
+        fast.experts(module._table, x, nobody + 1, weights, *given)
+
+
 @families
 def test_every_family(name: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers of experts of any widths and grids, some not packed; then the whole model."""

@@ -10,10 +10,10 @@ from threading import Lock
 from typing import Any
 
 # What doing without the C++ library costs (benchmarks/native.py, one expert matrix of 768 x 2048; a token of the model
-# of benchmarks/decode.py takes 8 ms with it, 38 by torch's product, 6,400 decoded).
+# of benchmarks/decode.py takes 7 ms with it, 33 by torch's product, 6,400 decoded).
 COST = (
     "quantization takes several times as long, and packed models run some times slower, by torch's product for 4 bits, "
-    "or, in float32 or groups that it does not take, hundreds of times"
+    "with 4 or 8 bits of memory per weight more, or, in float32 or groups that it does not take, hundreds of times"
 )
 
 

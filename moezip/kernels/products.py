@@ -277,8 +277,7 @@ class Experts:
         """Sum over a token's experts of weight x down(gate(gate x, up x)), with biases.
 
         Args:
-            x: [T, D]. ids: [T, k], those below 0 are left out, and the number of experts, which stands for nobody.
-            weights: [T, k].
+            x: [T, D]. ids: [T, k], those below 0 are left out. weights: [T, k].
             gate: ``silu``, ``gelu``, ``gelu_tanh``, or ``clamped`` (gpt-oss: with ``alpha`` and ``limit``).
 
         Returns:
@@ -296,6 +295,8 @@ class Experts:
                 f"x {list(x.shape)}, ids {list(ids.shape)} and weights {list(weights.shape)} do not belong together, "
                 f"or not to experts of {self.hidden} columns"
             )
+        if ids.size and ids.max() >= len(self.table):
+            raise ValueError(f"a token was sent to an expert beyond the last of {len(self.table)}")
         if gate not in GATES:
             raise ValueError(f"gate is {', '.join(GATES)}, not {gate!r}")
         out = np.empty_like(x)
@@ -321,6 +322,8 @@ class Experts:
         threads: int,
     ) -> None:
         """As ``run``, of contiguous arrays at these addresses; whoever calls has checked what is there.
+
+        The number of experts as an id is run-time skipping's nobody, and left out too.
 
         Args:
             halves: whether ``weights`` are bf16, else float32.

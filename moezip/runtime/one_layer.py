@@ -58,7 +58,7 @@ class Layer(Derived):
         if (
             not others
             and isinstance(attention, one_token.Attention)
-            and len(hidden_states) <= one_token.MOST_TOKENS
+            and len(hidden_states) <= unpacked.MOST_TOKENS
             and one_token.takes(attention, hidden_states, given.get("position_embeddings"))
         ):
             found = _run(own, hidden_states, *one_token.asked(given))

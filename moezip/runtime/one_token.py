@@ -26,8 +26,6 @@ _GIVEN = ("position_embeddings", "attention_mask", "past_key_values")
 TAKES = {"hidden_states", *_GIVEN}
 _HAS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _NORMS = ("q_norm", "k_norm")
-# Sequences of a batch up to which all of a layer is done in two calls; as MOST_TOKENS of ``moezip.runtime.unpacked``.
-MOST_TOKENS = 8
 # What differs by more than this share of the largest number is another function: bf16 keeps 8 bits, and a few numbers
 # are rounded one after the other.
 NEAR = 2.0**-5
@@ -83,8 +81,11 @@ def _whole(layer: Any) -> bool | None:
 class Watching:
     """A cache with three tokens in it, which remembers what it is given."""
 
+    updates = 0
+
     def update(self, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
         self.given = key, value
+        self.updates += 1
         earlier = torch.randn((2, *key.shape[:2], 3, key.shape[3]), generator=torch.Generator().manual_seed(2))
         return (
             torch.cat([earlier[0].to(key.dtype), key], 2),
@@ -227,7 +228,7 @@ def described_of(layer: Any) -> Described | None:
 def _attend(
     layer: Any, hidden: torch.Tensor, positions: Any, mask: torch.Tensor | None, cache: Any, more: dict[str, Any]
 ) -> tuple[torch.Tensor, None]:
-    described = described_of(layer) if len(hidden) <= MOST_TOKENS else None
+    described = described_of(layer) if len(hidden) <= unpacked.MOST_TOKENS else None
     if described is None:
         return _by_modules(layer, hidden, positions, mask, cache, more)
     query, key, value = heads(layer, described, hidden, positions, (None, 0.0), cache)

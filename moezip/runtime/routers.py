@@ -18,8 +18,6 @@ from torch import nn
 from moezip.kernels import products, unpacked
 from moezip.runtime.derived import Derived, derived
 
-# Tokens up to which products are faster here than torch's; as of ``moezip.runtime.unpacked``.
-MOST_TOKENS = 8
 # Tokens that a router is asked about.
 ASKED = 32
 SCORES = {torch.bfloat16: unpacked.BF16, torch.float32: unpacked.F32}
@@ -61,7 +59,7 @@ class Router(Derived):
                 or torch.is_grad_enabled()
                 or hidden_states.dtype != torch.bfloat16
                 or not hidden_states.is_cpu
-                or not 0 < hidden_states.numel() <= MOST_TOKENS * hidden_states.shape[-1]
+                or not 0 < hidden_states.numel() <= unpacked.MOST_TOKENS * hidden_states.shape[-1]
                 or weight.dtype != torch.bfloat16
                 or not weight.is_cpu
                 or not weight.is_contiguous()

@@ -18,13 +18,9 @@ from torch import nn
 
 from moezip.arch.ragged import Matrix
 from moezip.kernels import products
+from moezip.kernels.unpacked import MOST_TOKENS
 from moezip.runtime import norms, one_layer, one_query, one_token, routers
 from moezip.runtime.norms import DTYPES
-
-# Tokens up to which products are faster here than torch's. Measured at [2048, 2048] in bf16 on one and two threads of a
-# Zen 5: 8 tokens 1.8 and 2.4 times as fast, 16 tokens half as fast, as rows of 4 KiB then push each other out of the
-# cache.
-MOST_TOKENS = 8
 
 
 def use(model: Any) -> None:
